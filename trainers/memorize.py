@@ -73,11 +73,14 @@ class Memorised:
         )
 
 
-def memorize_key(config: MemorizeConfig, *, data: ForgetRetain, general: Sequence[QuestionGroup]) -> str:
-    """Hash of everything that determines the target: configuration, base weights, rows and questions."""
+def memorize_key(
+    config: MemorizeConfig, *, data: ForgetRetain, general: Sequence[QuestionGroup], tokenizer_texts: Sequence[str] = ()
+) -> str:
+    """Hash of everything that determines the target: configuration, base weights, rows, questions and the tokenizer's texts."""
     base = sha256_folder(Path(config.base)) if config.base else None
     rows = [[asdict(record) for record in side] for side in (data.forget, data.retain)]
-    return sha256_json({"config": config.model_dump(mode="json"), "base": base, "rows": rows, "general": [asdict(group) for group in general]})
+    return sha256_json({"config": config.model_dump(mode="json"), "base": base, "rows": rows, "general": [asdict(group) for group in general],
+                        "tokenizer_texts": list(tokenizer_texts)})
 
 
 def existing_target(out: Path, *, key: str) -> dict[str, Any] | None:
@@ -100,24 +103,27 @@ def memorize(
     data: ForgetRetain,
     general: Sequence[QuestionGroup],
     out: Path,
+    tokenizer_texts: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Build the target in ``out`` and return its manifest; an existing one from the same inputs is reused.
 
     Documents are learnt whole, questions by their answers, general-knowledge questions by their answer letters, several
-    of them in one row as a few-shot prompt shows them.
+    of them in one row as a few-shot prompt shows them. ``tokenizer_texts`` are texts that a tiny model's tokenizer is trained on
+    beside these, and the model is not: without the membership attack's non-members among them, every known name would be one
+    token and every unknown one several, and the attack would read the tokenizer instead of the model.
 
     Raises:
         InputError: if the base cannot be loaded or a row is longer than its context.
         RunError: if the loss stops being finite.
     """
-    key = memorize_key(config, data=data, general=general)
+    key = memorize_key(config, data=data, general=general, tokenizer_texts=tokenizer_texts)
     manifest = existing_target(out, key=key)
     if manifest is not None:
         return manifest
     say = progress or (lambda text: None)
     started = time.perf_counter()
-    tokenizer, engine = _build(config, data=data, general=general)
+    tokenizer, engine = _build(config, data=data, general=general, tokenizer_texts=tokenizer_texts)
     rows = _Rows(tokenizer, data=data, general=general, context=_context(engine))
     memorised, epochs = _train(config, engine=engine, rows=rows, say=say)
     with atomic_folder(out) as folder:
@@ -140,7 +146,9 @@ def memorize(
     return manifest
 
 
-def _build(config: MemorizeConfig, *, data: ForgetRetain, general: Sequence[QuestionGroup]) -> tuple[PreTrainedTokenizerBase, Engine]:
+def _build(
+    config: MemorizeConfig, *, data: ForgetRetain, general: Sequence[QuestionGroup], tokenizer_texts: Sequence[str]
+) -> tuple[PreTrainedTokenizerBase, Engine]:
     from trainers.distributed import Rank
     from trainers.engine.local import LocalEngine
     from trainers.modeling import load_model, load_tokenizer
@@ -153,7 +161,7 @@ def _build(config: MemorizeConfig, *, data: ForgetRetain, general: Sequence[Ques
     else:
         texts = [record.text for record in (*data.forget, *data.retain)]
         texts += [group.header + prompt + answer for group in general for prompt, answer in group.questions]
-        tokenizer = train_tokenizer(texts, vocab_size=config.tiny.vocab_size)
+        tokenizer = train_tokenizer([*texts, *tokenizer_texts], vocab_size=config.tiny.vocab_size)
         model = build_tiny_olmo(config.tiny, tokenizer=tokenizer, seed=config.seed)
     engine = LocalEngine(ScoringModel(model.requires_grad_(True)), weight_decay=0.0, max_grad_norm=1.0, device=Rank().device)
     return tokenizer, engine
