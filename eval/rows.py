@@ -1,0 +1,78 @@
+"""The lines of a report's rows file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from eval.answers import Answers, official_texts
+from eval.exact_match import exact_match
+from eval.measure import AttackLosses, TaskSet
+from eval.mmlu_accuracy import MmluResult
+from eval.rouge import rouge_l_recall
+from trainers.data.types import AttackDocuments, Kind
+
+
+def task_rows(*, sets: dict[str, TaskSet], places: Sequence[tuple[str, int]], answers: Answers, official: bool) -> list[dict[str, Any]]:
+    """One line per answered row, with its score.
+
+    Args:
+        sets: the scored sets by name.
+        places: (set, row in it) of every answer.
+        answers: generated texts.
+        official: score the texts as the benchmark's script sees them after its CSV files.
+    """
+    rows = []
+    for (name, index), answer in zip(places, answers.answers, strict=True):
+        record, score = sets[name].records[index], sets[name].scores[index]
+        expected, output = official_texts(record.output, answer.text) if official else (record.output, answer.text)
+        if record.kind is Kind.COMPLETION:
+            value = rouge_l_recall(reference=expected, prediction=output)
+        else:
+            value = exact_match(expected=expected, output=output)
+        row = {
+            "part": "task",
+            "set": name,
+            "id": record.id,
+            "document": record.document,
+            "task": record.task,
+            "kind": record.kind.value,
+            "input": record.input,
+            "expected": record.output,
+            "output": answer.text,
+            "score": value,
+            "answer_log_prob": score.answer_log_prob,
+            "num_tokens": score.num_tokens,
+            "token_accuracy": score.token_accuracy,
+            "matched_fraction": score.matched_fraction,
+        }
+        if record.kind is Kind.QUESTION:
+            row["decided"] = answer.decided
+        rows.append(row)
+    return rows
+
+
+def attack_rows(*, attack: AttackDocuments, attacked: AttackLosses) -> list[dict[str, Any]]:
+    """One line per document of the membership attack."""
+    parts = (("member", attack.members, attacked.members), ("nonmember", attack.nonmembers, attacked.nonmembers))
+    return [
+        {"part": part, "id": document.id, "document": document.id, "loss": loss}
+        for part, documents, losses in parts
+        for document, loss in zip(documents, losses, strict=True)
+    ]
+
+
+def mmlu_rows(result: MmluResult) -> list[dict[str, Any]]:
+    """One line per MMLU question."""
+    return [
+        {
+            "part": "mmlu",
+            "id": answer.question.id,
+            "document": answer.question.id,
+            "task": answer.question.subject,
+            "expected": answer.question.answer,
+            "output": answer.letter,
+            "correct": answer.correct,
+        }
+        for answer in result.answers
+    ]

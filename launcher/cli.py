@@ -1,0 +1,295 @@
+"""The command line: reads arguments, calls one stage, turns failures into messages and exit codes.
+
+Nothing heavy is imported here before a command needs it: `unlearn --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from trainers.errors import InputError, UserFacingError
+
+if TYPE_CHECKING:
+    from launcher.load import LoadedExperiment
+    from merging.config import MergeConfig
+
+app = typer.Typer(
+    name="unlearn",
+    help="Unlearn documents from a language model: sweep trials, merge an over- and an under-forgetting one, measure, report.",
+    epilog="Example: unlearn quickstart        Exit codes: 0 ok, 1 the run failed, 2 bad input, 3 environment, 130 interrupted.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+class Cluster(str, Enum):  # noqa: UP042  (typer shows the values of a str enum)
+    """Kinds of machines that a cluster file exists for."""
+
+    aws = "aws"
+    onprem = "onprem"
+    k8s = "k8s"
+    slurm = "slurm"
+
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the experiment.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="k=v", help="Settings that replace the file's, such as train.lora.r=16.", show_default=False)
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart.", show_default=False)]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"unlearn-ties {version('unlearn-ties')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Works anywhere on the line.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: unlearn quickstart --out runs/first --documents 4")
+def quickstart(
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Run folder to write.")] = Path("runs/quickstart"),
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="LUME-layout folder; without it synthetic documents are written.")
+    ] = None,
+    mia: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with member.jsonl and nonmember.jsonl.")] = None,
+    mmlu: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with dev/ and test/ of MMLU.")] = None,
+    documents: Annotated[int | None, typer.Option(metavar="N", min=1, help="Documents per task and set.")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", min=0, help="Seed of everything.")] = 42,
+) -> None:
+    """The whole story on a CPU: build a tiny model that memorised its data, sweep, merge, evaluate, report."""
+    from launcher.quickstart import run_quickstart
+
+    run_quickstart(out=out, data=data, mia=mia, mmlu=mmlu, documents=documents, seed=seed)
+
+
+@app.command(epilog="Example: unlearn doctor --cluster")
+def doctor(cluster: Annotated[bool, typer.Option("--cluster", help="Look at the Ray cluster as well.")] = False) -> None:
+    """Say what this machine or cluster can run, with one fix for whatever is missing."""
+    from launcher.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(cluster=cluster))
+
+
+@app.command(epilog="Example: unlearn init --template olmo-1b --cluster slurm")
+def init(
+    template: Annotated[str, typer.Option(metavar="NAME", help="Template, such as quickstart, olmo-1b or olmo-7b.")],
+    cluster: Annotated[Cluster | None, typer.Option(help="Also write a cluster file of this kind.")] = None,
+) -> None:
+    """Write a commented YAML file, and if asked a cluster file, to start from. Existing files are left alone."""
+    from launcher.templates import write_template
+
+    for path in write_template(template, cluster=cluster.value if cluster else None, folder=Path()):
+        print(f"wrote {path}")
+
+
+@app.command(epilog="Example: unlearn validate olmo-1b.yaml train.lora.r=16 --resolved")
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print every setting with its value.")] = False,
+) -> None:
+    """Check settings, data, tokenizer and resources, and print the plan. Trains nothing."""
+    experiment = _experiment(config, overrides)
+    from launcher.stages import validate_experiment
+
+    validate_experiment(experiment=experiment, resolved=resolved)
+
+
+@app.command(epilog="Example: unlearn memorize quickstart.yaml target.num_train_epochs=40")
+def memorize(config: Config, overrides: Overrides = None) -> None:
+    """Build the target model: fine-tune a base, or a tiny OLMo from random weights, on all documents."""
+    experiment = _experiment(config, overrides, require="target")
+    from launcher.stages import run_memorize
+
+    run_memorize(experiment=experiment)
+
+
+@app.command(epilog="Example: unlearn train olmo-1b.yaml train.learning_rate=1e-4 --out runs/single")
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Trial folder to write; default: inside the run folder.")] = None,
+) -> None:
+    """Run one trial. Searched settings must be given a value."""
+    experiment = _experiment(config, overrides, require="one_trial")
+    from launcher.stages import run_train
+
+    run_train(experiment=experiment, out=out)
+
+
+@app.command(epilog="Example: unlearn sweep olmo-1b.yaml sweep.num_trials=4 --dry-run")
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the trials, run none.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Keep what an earlier start of this run finished.")] = True,
+) -> None:
+    """Sweep trials, pick a pair, merge it, evaluate everything, write the report."""
+    experiment = _experiment(config, overrides)
+    from launcher.stages import run_sweep
+
+    run_sweep(experiment=experiment, resume=resume, dry_run=dry_run)
+
+
+@app.command(epilog="Example: unlearn merge --base target --trial trial-03 --trial trial-06 --out merged --density 0.8 --weights 1 1")
+def merge(
+    base: Annotated[Path, typer.Option(metavar="DIR", help="Model that every trial started from.", show_default=False)],
+    trial: Annotated[list[Path], typer.Option(metavar="DIR", help="Adapter, checkpoint or trial folder; repeat it.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the merged model.", show_default=False)],
+    method: Annotated[str, typer.Option(help="ties, linear or task_arithmetic.")] = "ties",
+    density: Annotated[float | None, typer.Option(metavar="D", help="Fraction of each task vector kept, in (0, 1].")] = None,
+    scale: Annotated[float | None, typer.Option(metavar="L", help="Factor on the merged task vector.")] = None,
+    weights: Annotated[list[float] | None, typer.Option(metavar="W...", help="One factor per trial.", show_default=False)] = None,
+) -> None:
+    """Merge adapters or full checkpoints onto their base, without a sweep."""
+    config = _merge_config(method=method, density=density, scale=scale, weights=weights or None)
+    if weights and len(weights) != len(trial):
+        raise InputError(f"{len(weights)} weights for {len(trial)} trials", where="--weights", fix="give one number per --trial")
+    from merging.merge import merge_checkpoint
+
+    merge_checkpoint(base=base, trials=trial, out=out, config=config, progress=None)
+    print(f"wrote {out}  ({config.formula()})")
+
+
+@app.command(epilog="Example: unlearn eval --model runs/quickstart/merged --data lume --mia mia --mmlu mmlu --out eval.json")
+def eval(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="Model folder, or trial checkpoint.", show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="LUME-layout folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write.", show_default=False)],
+    mia: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with member.jsonl and nonmember.jsonl.")] = None,
+    mmlu: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with dev/ and test/ of MMLU.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens generated per row; default 256.")] = None,
+    official: Annotated[bool, typer.Option("--official", help="The benchmark's exact settings, one row at a time (slow).")] = False,
+) -> None:
+    """Score any checkpoint by the official protocol."""
+    from launcher.stages import evaluate_model
+
+    evaluate_model(model=model, data=data, mia=mia, mmlu=mmlu, max_new_tokens=max_new_tokens, official=official, out=out)
+
+
+@app.command(epilog="Example: unlearn report runs/quickstart")
+def report(run: RunFolder) -> None:
+    """Rebuild the report of a run from its files."""
+    from launcher.report import build_report
+
+    print(f"wrote {build_report(_run_folder(run))}")
+
+
+@app.command(epilog="Example: unlearn status runs/quickstart")
+def status(run: RunFolder) -> None:
+    """Show how far a sweep has come, from its files."""
+    from launcher.status import print_status
+
+    print_status(_run_folder(run))
+
+
+def _experiment(
+    config: Path, overrides: Sequence[str] | None, *, require: Literal["one_trial", "target"] | None = None
+) -> LoadedExperiment:
+    """The checked experiment, before the stage's libraries are imported: a typo is told in a fraction of a second."""
+    from launcher.load import load_experiment
+
+    return load_experiment(config, overrides or (), require=require)
+
+
+def _run_folder(run: Path) -> Path:
+    if not run.is_dir():
+        raise InputError("run folder not found", where=str(run), fix="give the folder that a sweep wrote, such as runs/quickstart")
+    return run
+
+
+def _merge_config(**options: Any) -> MergeConfig:
+    from pydantic import ValidationError
+
+    from launcher.problems import findings
+    from merging.config import MergeConfig
+
+    values = {name: value for name, value in options.items() if value is not None}
+    try:
+        return MergeConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [problem for one in findings(error, root=MergeConfig, values=values, prefix="--") for problem in one.problems]
+        raise InputError(
+            "; ".join(f"{problem.left()} {problem.message}".removeprefix("--(root) ") for problem in problems),
+            fix="see `unlearn merge --help`",
+        ) from None
+
+
+def expand_weights(arguments: Sequence[str]) -> list[str]:
+    """``--weights 1 0.5`` as ``--weights 1 --weights 0.5``, which is how the parser takes several values."""
+    result: list[str] = []
+    inside = first = False
+    for argument in arguments:
+        if argument == "--weights":
+            inside = first = True
+            result.append(argument)
+        elif inside and _is_number(argument):
+            result += [argument] if first else ["--weights", argument]
+            first = False
+        else:
+            inside = False
+            result.append(argument)
+    return result
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = expand_weights([argument for argument in arguments if argument != "--debug"])
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="unlearn", standalone_mode=False)
+        if code == 130:  # the parser has already turned Ctrl-C into its exit code
+            _tell("interrupted", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _tell("interrupted", 130)
+    except UserFacingError as error:
+        if debug:
+            traceback.print_exc()
+        code = _tell(f"{error.label}: {error}", error.exit_code)
+    except typer.TyperException as error:
+        # Wrong usage: the parser's own message, with the line that says how the command is called.
+        error.show() if hasattr(error, "show") else _tell(f"input error: {error}", 2)
+        code = error.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        first = (str(error).strip().splitlines() or [""])[0]
+        hint = "" if debug else "\n  fix: run the command again with --debug to see where it comes from"
+        code = _tell(f"internal error: {type(error).__name__}: {first}{hint}", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,113 @@
+"""From the data section of an experiment to the rows that each stage reads: the same in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.config import ExperimentConfig
+from trainers.data.folds import make_folds, split_attack
+from trainers.data.records import load_attack_documents, load_forget_retain, load_splits, normalise_whitespace
+from trainers.data.subset import subset_attack, subset_documents
+from trainers.data.types import AttackDocuments, ForgetRetain
+from trainers.files import sha256_json
+
+if TYPE_CHECKING:
+    from eval.mmlu import MmluData
+    from trainers.memorize import QuestionGroup
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Every row of an experiment, by fold.
+
+    Args:
+        everything: both sets, whole: what the target has memorised.
+        folds: both sets by fold (train, validation, test).
+        attack: membership documents by fold (validation, test), or None.
+        mmlu: general-knowledge questions by fold (validation, test), or None.
+        training: what trials compute updates on: the whole forget set, because it is a request to forget all of it,
+            and the rehearsed folds of the retain set.
+    """
+
+    everything: ForgetRetain
+    folds: Mapping[str, ForgetRetain]
+    attack: Mapping[str, AttackDocuments] | None
+    mmlu: Mapping[str, MmluData] | None
+    training: ForgetRetain
+
+    @property
+    def hash(self) -> str:
+        """Hash of all rows and of the folds they lie in."""
+        folds = {name: [[asdict(record) for record in side] for side in (fold.forget, fold.retain)] for name, fold in self.folds.items()}
+        attack = {name: asdict(documents) for name, documents in (self.attack or {}).items()}
+        mmlu = {name: [asdict(question) for question in data.questions] for name, data in (self.mmlu or {}).items()}
+        return sha256_json({"folds": folds, "attack": attack, "mmlu": mmlu})
+
+    def attack_of(self, fold: str) -> AttackDocuments | None:
+        """The attack's documents of a fold, or None."""
+        return self.attack[fold] if self.attack else None
+
+    def mmlu_of(self, fold: str) -> MmluData | None:
+        """The questions of a fold, or None."""
+        return self.mmlu[fold] if self.mmlu else None
+
+
+def prepare_data(config: ExperimentConfig) -> PreparedData:
+    """Read, check, cut down and split the data; deterministic in the configuration.
+
+    A subset (``data.documents``) prefers forget documents that the membership attack has as members, keeps only those members,
+    and is split by seed even where the folder has a ``splits.json``, because three folds must each get their share.
+
+    Raises:
+        InputError: naming file, row and field of what is wrong.
+    """
+    data, seed = config.data, config.seed
+    everything = load_forget_retain(data.path, forget=data.forget, retain=data.retain, columns=data.columns or None)
+    splits = load_splits(Path(data.path)) if data.path else None
+    attack = load_attack_documents(Path(data.mia)) if data.mia else None
+    if data.documents is not None:
+        members = frozenset(normalise_whitespace(document.text) for document in attack.members) if attack else frozenset()
+        everything = subset_documents(everything, documents_per_task=data.documents, seed=seed, prefer=members)
+        attack = subset_attack(attack, data=everything, seed=seed) if attack else None
+        splits = None
+    folds = make_folds(everything, splits=splits, fractions=data.folds.model_dump(), seed=seed)
+    return PreparedData(
+        everything=everything,
+        folds=folds,
+        attack=split_attack(attack, folds=folds, seed=seed) if attack else None,
+        mmlu=_mmlu(config),
+        training=ForgetRetain(
+            forget=everything.forget,
+            retain=tuple(record for fold in folds for record in folds[fold].retain if fold in data.rehearse),
+        ),
+    )
+
+
+def _mmlu(config: ExperimentConfig) -> dict[str, MmluData] | None:
+    from eval.mmlu import load_mmlu, split_mmlu, subset_mmlu
+
+    if config.data.mmlu is None:
+        return None
+    questions = load_mmlu(Path(config.data.mmlu))
+    if config.data.mmlu_questions is not None:
+        questions = subset_mmlu(questions, questions=config.data.mmlu_questions, seed=config.seed, max_words=config.data.mmlu_max_words)
+    return split_mmlu(questions, seed=config.seed)
+
+
+def question_groups(mmlu: Mapping[str, MmluData] | None) -> tuple[QuestionGroup, ...]:
+    """The general-knowledge questions of all folds as the target memorises them: prompts as the evaluation shows them."""
+    from eval.mmlu import mmlu_prompt
+    from trainers.memorize import QuestionGroup
+
+    questions: dict[str, list[tuple[str, str]]] = {}
+    headers: dict[str, str] = {}
+    for fold in (mmlu or {}).values():
+        for question in fold.questions:
+            prompt = mmlu_prompt(subject=question.subject, question=question, dev=(), shots=0)
+            header, separator, body = prompt.partition("\n\n")
+            headers[question.subject] = header + separator
+            questions.setdefault(question.subject, []).append((body, f" {question.answer}"))
+    return tuple(QuestionGroup(header=headers[subject], questions=tuple(questions[subject])) for subject in sorted(questions))

@@ -1,0 +1,61 @@
+"""Hiding personal data in texts that a report shows to strangers."""
+
+from __future__ import annotations
+
+import re
+
+DOT = "•"
+
+_EMAIL = re.compile(r"[\w.+\\\-]+@[\w\-\\]+(?:\.[\w\-]+)+")
+_YEARS = r"(?:1[5-9]|20)\d\d\s?[-–/]\s?(?:1[5-9]|20)\d\d(?!\s?[-–/.]?\d)"
+# Seven or more digits with at most two separators between neighbours: social security and phone numbers, ISO dates.
+_NUMBER = re.compile(rf"(?<!\d)(?!\(?{_YEARS})\+?\(?\d(?:[-.\s()/]{{0,2}}\d){{6,}}")
+_STREET_WORDS = (
+    "Street|St|Avenue|Ave|Road|Rd|Place|Pl|Drive|Dr|Lane|Ln|Boulevard|Blvd|Court|Ct|Way|Circle|Cir|Terrace|Ter|"
+    "Parkway|Pkwy|Highway|Hwy|Trail|Square|Sq|Alley|Row|Loop|Crescent|Close|Gardens"
+)
+# House number, up to five words, street word, then what belongs to it: flat number, town, state and postal code.
+_STREET = re.compile(
+    rf"\b\d+[A-Za-z]?\s+(?:[\w.'’\-]+\s+){{0,5}}?(?:{_STREET_WORDS})\b\.?(?:\s?,?\s?(?:#|Apt\.?|Unit|Suite)\s?\w+)?"
+    rf"(?:,\s?[\w.' ]{{1,40}}?){{0,2}}(?:,?\s+\d{{5}}(?:-\d{{4}})?)?",
+    re.IGNORECASE,
+)
+_POSTAL = re.compile(r"\b[A-Z]{2},?\s+\d{5}(?:-\d{4})?\b")
+
+
+def _dot_digits(match: re.Match[str]) -> str:
+    return re.sub(r"\d", DOT, match.group())
+
+
+def _dot_email(match: re.Match[str]) -> str:
+    return re.sub(r"\w", DOT, match.group())
+
+
+def mask_personal_data(text: str) -> str:
+    """Replace e-mail addresses and the digits of long numbers and street addresses by dots; the length stays."""
+    text = _EMAIL.sub(_dot_email, text)
+    for pattern in (_STREET, _POSTAL, _NUMBER):
+        text = pattern.sub(_dot_digits, text)
+    return text
+
+
+def mask_answer(text: str) -> str:
+    """Everything but the first character of a short personal answer replaced by dots; spaces stay."""
+    stripped = text.lstrip()
+    return stripped[:1] + re.sub(r"\S", DOT, stripped[1:])
+
+
+def mask_row_text(text: str, *, task: str, kind: str, is_answer: bool) -> str:
+    """Mask one text of an evaluation row.
+
+    Args:
+        text: the prompt, the expected answer or a generated answer.
+        task: ``Task2`` rows are biographies made of personal data: none of their digits is shown.
+        kind: ``qa`` or ``sc``; the answers to ``Task2`` questions keep their first character only.
+        is_answer: whether the text is an answer (expected or generated) rather than a prompt.
+    """
+    if task.strip().lower() != "task2":
+        return mask_personal_data(text)
+    if is_answer and kind != "sc":
+        return mask_answer(text)
+    return re.sub(r"\d", DOT, mask_personal_data(text))

@@ -1,0 +1,79 @@
+"""Where a run stands, from its files alone: it works during a sweep, after a crash and from another machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launcher.console import Console, duration, settings
+from launcher.events import stage_states
+from launcher.report_data import RunData, last_log_lines, read_run
+
+_PLACES = ("results.json", "report.html", "trials.csv", "pairs.json", "merged/merge.json")
+
+
+def status_dict(run: Path) -> dict[str, Any]:
+    """The state of a run.
+
+    Returns:
+        ``name``, ``run``, ``finished``, ``stages`` (name to ``started`` or ``finished``), ``trials`` (name, state, step, num_steps,
+        verdict, seconds, error, overrides), ``counts`` (state to number), ``verdict`` (the final sentence or None) and
+        ``places`` (the result files that exist).
+
+    Raises:
+        InputError: if ``run`` is not a run folder.
+    """
+    data = read_run(Path(run))
+    counts: dict[str, int] = {}
+    for trial in data.trials:
+        counts[trial["status"]] = counts.get(trial["status"], 0) + 1
+    return {
+        "name": data.name,
+        "run": str(data.run),
+        "finished": bool(data.results.get("run_finished")),
+        "stages": stage_states(list(data.events)),
+        "trials": [_trial(data, trial) for trial in data.trials],
+        "counts": counts,
+        "verdict": (data.results.get("verdict") or {}).get("sentence"),
+        "places": {name: str(data.run / name) for name in _PLACES if (data.run / name).exists()},
+    }
+
+
+def _trial(data: RunData, trial: dict[str, Any]) -> dict[str, Any]:
+    row = {key: trial.get(key) for key in ("name", "step", "num_steps", "verdict", "seconds", "error", "overrides")}
+    row["state"] = trial["status"]
+    if trial["status"] == "failed":
+        row["log"] = str(data.run / "trials" / trial["name"] / "logs" / "rank-0.log")
+        row["last_lines"] = last_log_lines(data.run, trial=trial["name"], count=3)
+    return row
+
+
+def print_status(run: Path, *, console: Console | None = None) -> None:
+    """Print the state of a run.
+
+    Raises:
+        InputError: if ``run`` is not a run folder.
+    """
+    status, console = status_dict(run), console or Console()
+    counts = ", ".join(f"{count} {word}" for word, count in status["counts"].items()) or "none yet"
+    console.stage(f"{status['name']}: {'finished' if status['finished'] else 'not finished'}")
+    if status["stages"]:
+        console.line(
+            "stages   " + ", ".join(f"{name} {'done' if word == 'finished' else 'begun'}" for name, word in status["stages"].items())
+        )
+    console.line(f"trials   {counts}")
+    for trial in status["trials"]:
+        steps = f"step {trial['step']}/{trial['num_steps']}" if trial["num_steps"] else ""
+        parts = [trial["name"], f"{trial['state']:<8}", f"{steps:<14}", f"{trial['verdict'] or '':<16}"]
+        parts += [duration(trial["seconds"]) if trial["seconds"] else "", settings(trial["overrides"] or {})]
+        console.line(("  " + "  ".join(parts)).rstrip())
+        if trial["error"]:
+            console.line(f"      {' '.join(str(trial['error']).split())}")
+        for line in trial.get("last_lines", []):
+            console.line(f"      | {line[:140]}")
+        if "log" in trial:
+            console.line(f"      log: {trial['log']}")
+    if status["verdict"]:
+        console.line(f"verdict  {status['verdict']}")
+    for name, path in status["places"].items():
+        console.line(f"{name:<17} {path}")

@@ -1,0 +1,52 @@
+"""Commented configuration files to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.problems import nearest
+from trainers.errors import InputError
+from trainers.files import write_text
+
+RECIPES = Path(__file__).parent / "recipes"
+_CLUSTER = "cluster-"
+
+
+def template_names() -> list[str]:
+    """The experiment templates."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml") if not file.name.startswith(_CLUSTER))
+
+
+def cluster_files() -> dict[str, Path]:
+    """The cluster file of each kind."""
+    return {file.stem.removeprefix(_CLUSTER): file for file in sorted(RECIPES.glob(f"{_CLUSTER}*"))}
+
+
+def write_template(name: str, *, cluster: str | None = None, folder: Path) -> list[Path]:
+    """Write a template as ``NAME.yaml``, and a cluster file if asked for one, into a folder.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: if there is no such template or cluster kind, or a file of that name exists; then nothing is written.
+    """
+    names, kinds = template_names(), cluster_files()
+    if name not in names:
+        raise InputError(f'no template "{name}"{nearest(name, names)}', where="--template", fix=f"use one of {', '.join(names)}")
+    if cluster is not None and cluster not in kinds:
+        raise InputError(
+            f'no cluster file "{cluster}"{nearest(cluster, list(kinds))}', where="--cluster", fix=f"use one of {', '.join(kinds)}"
+        )
+    sources = [RECIPES / f"{name}.yaml"] + ([kinds[cluster]] if cluster else [])
+    targets = [folder / source.name for source in sources]
+    taken = [str(target) for target in targets if target.exists()]
+    if taken:
+        raise InputError(
+            f"{' and '.join(taken)} exists and is not overwritten",
+            where=str(folder.resolve()),
+            fix="rename or delete it, or work in another folder",
+        )
+    for source, target in zip(sources, targets, strict=True):
+        write_text(target, source.read_text(encoding="utf-8"))
+    return targets
