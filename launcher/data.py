@@ -65,7 +65,9 @@ def prepare_data(config: ExperimentConfig) -> PreparedData:
         InputError: naming file, row and field of what is wrong.
     """
     data, seed = config.data, config.seed
-    everything = load_forget_retain(data.path, forget=data.forget, retain=data.retain, columns=data.columns or None)
+    everything = load_forget_retain(
+        data.path, forget=data.forget, retain=data.retain, columns={str(field): column for field, column in data.columns.items()} or None
+    )
     splits = load_splits(Path(data.path)) if data.path else None
     attack = load_attack_documents(Path(data.mia)) if data.mia else None
     if data.documents is not None:

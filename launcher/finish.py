@@ -60,8 +60,12 @@ def finish_run(run: Run, *, config: ExperimentConfig, data: PreparedData, specs:
     run.console.summary(results, paths={"model": run.folder / "merged"} if delivered else {} | {"report": page})
     run.console.line(f"report   {page}")
     if delivered is None:
-        raise RunError("no trial is alive, so no model was written", where=str(page), why=results["verdict"]["sentence"],
-                       fix="search gentler settings: a lower train.learning_rate, fewer epochs, or larger retain weights")
+        raise RunError(
+            "no trial is alive, so no model was written",
+            where=str(page),
+            why=results["verdict"]["sentence"],
+            fix="search gentler settings: a lower train.learning_rate, fewer epochs, or larger retain weights",
+        )
 
 
 def candidates_of(trials: list[dict[str, Any]], *, run: Path) -> list[Candidate]:
@@ -74,7 +78,10 @@ def candidates_of(trials: list[dict[str, Any]], *, run: Path) -> list[Candidate]
         report = read_json(folder / "validation.json")
         found.append(
             Candidate(
-                name=trial["name"], checkpoint=finished_checkpoints(folder)[-1], scores=report["scores"], verdict=trial["verdict"],
+                name=trial["name"],
+                checkpoint=finished_checkpoints(folder)[-1],
+                scores=report["scores"],
+                verdict=trial["verdict"],
                 terms=tuple(term["value"] for term in report["terms"] if term["value"] is not None),
             )
         )
@@ -83,6 +90,7 @@ def candidates_of(trials: list[dict[str, Any]], *, run: Path) -> list[Candidate]
 
 def find_pair(run: Run, *, config: ExperimentConfig, data: PreparedData, trials: list[dict[str, Any]], target: Path) -> PairSearchResult:
     """Search the pair and write ``pairs.json``; measurements of an earlier start are reused."""
+    from eval.mia import mia_score
     from eval.runner import evaluate, loss_only
     from trainers.modeling import load_model, load_tokenizer
 
@@ -105,14 +113,20 @@ def find_pair(run: Run, *, config: ExperimentConfig, data: PreparedData, trials:
         )
         values = {name: getattr(signals, name) for name in ("forget_token_accuracy", "retain_token_accuracy", "forget_answer_log_prob",
                                                             "retain_answer_log_prob", "mia_auc")}  # fmt: skip
-        auc = signals.mia_auc
-        return CheapScores.from_scores(values | {"mia_score": None if auc is None else 1 - 2 * abs(auc - 0.5)})
+        return CheapScores.from_scores(values | {"mia_score": None if signals.mia_auc is None else mia_score(signals.mia_auc)})
 
     def full(pair: Pair, merge: MergeConfig, name: str) -> Mapping[str, float | None]:
         apply(pair, merge)
         return evaluate(
-            model=model, tokenizer=tokenizer, data=data.folds[fold], attack=data.attack_of(fold), mmlu=data.mmlu_of(fold),
-            config=config.eval, fold=fold, model_name=name, device=device,
+            model=model,
+            tokenizer=tokenizer,
+            data=data.folds[fold],
+            attack=data.attack_of(fold),
+            mmlu=data.mmlu_of(fold),
+            config=config.eval,
+            fold=fold,
+            model_name=name,
+            device=device,
         ).scores
 
     path = run.folder / MEASUREMENTS
@@ -191,7 +205,11 @@ def assemble(
             models.append(model_entry(run=folder, name=name, role=role, label=LABELS[name], folder=place, parents=parents))
         merge = result.best_merge.config
         chosen: dict[str, Any] | None = {
-            "over": pair.over.name, "under": pair.under.name, "method": merge.method, "density": merge.density, "scale": merge.scale,
+            "over": pair.over.name,
+            "under": pair.under.name,
+            "method": merge.method,
+            "density": merge.density,
+            "scale": merge.scale,
             "weights": list(merge.trial_weights(2)),
         }
     else:

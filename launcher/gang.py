@@ -60,8 +60,10 @@ def run_gang(task: TrialTask, *, ranks: int, stall_s: float) -> Iterator[dict[st
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     group = ray.util.get_current_placement_group()
+    assert group is not None, "Tune gives every trial a placement group"
     bundles = group.bundle_specs
-    actors = [
+    # Ray's stubs know neither remote methods of a plain class nor streaming generators.
+    actors: list[Any] = [
         ray.remote(RankActor)
         .options(
             num_cpus=bundle.get("CPU", 0),
@@ -75,15 +77,17 @@ def run_gang(task: TrialTask, *, ranks: int, stall_s: float) -> Iterator[dict[st
     try:
         places = ray.get([actor.place.remote() for actor in actors], timeout=stall_s)
         visible: dict[str, list[str]] = {}
-        local_ranks = []
+        local_ranks: list[int] = []
         for _, _, node, gpus in places:
             known = visible.setdefault(node, [])
-            local_ranks.append(len(known) if gpus else sum(1 for place in places[: len(local_ranks)] if place[2] == node))
+            local_ranks.append(len(known) if gpus else sum(place[2] == node for place in places[: len(local_ranks)]))
             known.extend(gpus)
         ray.get([actor.see_gpus.remote(visible[place[2]]) for actor, place in zip(actors, places, strict=True)])
         init_method = f"tcp://{places[0][0]}:{places[0][1]}"
         streams = [
-            actor.run.options(num_returns="streaming").remote(task, rank=rank, world_size=ranks, local_rank=local_ranks[rank], init_method=init_method)
+            actor.run.options(num_returns="streaming").remote(
+                task, rank=rank, world_size=ranks, local_rank=local_ranks[rank], init_method=init_method
+            )
             for rank, actor in enumerate(actors)
         ]
         yield from _relay(streams, task=task, stall_s=stall_s)
@@ -95,7 +99,7 @@ def run_gang(task: TrialTask, *, ranks: int, stall_s: float) -> Iterator[dict[st
 def _relay(streams: list[Any], *, task: TrialTask, stall_s: float) -> Iterator[dict[str, Any]]:
     import ray
 
-    ends = [stream.completed() for stream in streams]
+    ends: list[Any] = [stream.completed() for stream in streams]
     others = ends[1:]
     while True:
         ready, _ = ray.wait([streams[0], *others], num_returns=1, timeout=stall_s)
@@ -104,7 +108,8 @@ def _relay(streams: list[Any], *, task: TrialTask, stall_s: float) -> Iterator[d
         for item in ready:
             try:
                 if item is streams[0]:
-                    yield ray.get(next(streams[0]))
+                    reference: Any = next(streams[0])  # type: ignore[arg-type]
+                    yield ray.get(reference)
                 else:
                     ray.get(item)
                     others = [end for end in others if end != item]

@@ -10,7 +10,7 @@ from launcher.load import load_experiment
 from launcher.stages import run_sweep
 from trainers.errors import InputError
 
-SYNTHETIC_DOCUMENTS = 16
+SYNTHETIC_DOCUMENTS = 32
 """Synthetic documents per task and set, where no number is asked for."""
 REAL_DOCUMENTS = 12
 """Real documents per task and set, where no number is asked for: they are several times longer."""
@@ -36,8 +36,8 @@ def run_quickstart(
         folder = _synthetic(out / "data", documents=documents or SYNTHETIC_DOCUMENTS, seed=seed)
         settings += [f"data.path={folder / 'lume'}", f"data.mia={folder / 'mia'}", f"data.mmlu={folder / 'mmlu'}"]
     else:
-        settings += [f"data.path={data}", f"data.documents={documents or REAL_DOCUMENTS}", "data.mmlu_questions=48", "data.mmlu_max_words=40",
-                     "target.tiny.vocab_size=4096", "target.num_train_epochs=120"]  # fmt: skip
+        settings += [f"data.path={data}", f"data.documents={documents or REAL_DOCUMENTS}"]
+        settings += ["data.mmlu_questions=48", "data.mmlu_max_words=40", "target.tiny.vocab_size=4096", "target.num_train_epochs=120"]
         settings += [f"data.mia={mia if mia is not None else 'null'}", f"data.mmlu={mmlu if mmlu is not None else 'null'}"]
     with resources.as_file(resources.files("launcher") / "recipes" / "quickstart.yaml") as recipe:
         experiment = load_experiment(recipe, settings)
@@ -56,5 +56,6 @@ def _synthetic(folder: Path, *, documents: int, seed: int) -> Path:
             raise InputError(f"the run folder holds synthetic documents made with {found}, not {wanted}", where=str(folder),
                              fix="use the same options again, or another --out")  # fmt: skip
         return folder
-    write_synthetic_benchmark(folder, documents_per_task=documents, seed=seed)
+    # Twice as many strangers as members: scoring them costs little and steadies the attack's AUC.
+    write_synthetic_benchmark(folder, documents_per_task=documents, attack_documents=2 * documents, seed=seed)
     return folder

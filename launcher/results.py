@@ -97,7 +97,9 @@ def verdict_sentence(*, pairs: Mapping[str, Any], models: Sequence[Mapping[str, 
         "task_aggregate"
     )
     value = merged["scores"].get("final_score")
-    text = f"The TIES merge of {pairs['pair_names']} scores {value:.3f}" if value is not None else f"The TIES merge of {pairs['pair_names']}"
+    text = (
+        f"The TIES merge of {pairs['pair_names']} scores {value:.3f}" if value is not None else f"The TIES merge of {pairs['pair_names']}"
+    )
     if difference:
         bounds = f"{difference['difference']:+.3f} (95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})"
         if difference["low"] > 0:

@@ -47,7 +47,13 @@ def evaluate_folds(
 
 
 def evaluate_folder(
-    model_folder: Path, *, config: ExperimentConfig, data: PreparedData, folder: Path, name: str, folds: Sequence[str] = ("validation", "test")
+    model_folder: Path,
+    *,
+    config: ExperimentConfig,
+    data: PreparedData,
+    folder: Path,
+    name: str,
+    folds: Sequence[str] = ("validation", "test"),
 ) -> None:
     """Load a written model again and score it: what counts is what was saved."""
     from trainers.distributed import Rank
@@ -56,5 +62,6 @@ def evaluate_folder(
     if all((Path(folder) / FOLD_FILES[fold]).exists() for fold in folds):
         return
     model = load_model(model_folder, dtype=config.eval.dtype, device=Rank().device)
-    evaluate_folds(model, tokenizer=load_tokenizer(model_folder), config=config, data=data, folder=folder, name=name,
-                   device=Rank().device, folds=folds)
+    evaluate_folds(
+        model, tokenizer=load_tokenizer(model_folder), config=config, data=data, folder=folder, name=name, device=Rank().device, folds=folds
+    )

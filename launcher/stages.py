@@ -71,8 +71,10 @@ def claim_run(config: ExperimentConfig, *, space: dict[str, Any], data: Prepared
         if changed:
             names = ", ".join(key.removeprefix("config.") for key in changed[:8])
             raise InputError(
-                f"the run folder belongs to another configuration; changed: {names}", where=str(run.folder),
-                why="its finished trials would not fit", fix="undo the change, or choose another name",
+                f"the run folder belongs to another configuration; changed: {names}",
+                where=str(run.folder),
+                why="its finished trials would not fit",
+                fix="undo the change, or choose another name",
             )
         return run
     if run.folder.exists() and any(entry for entry in run.folder.iterdir() if entry.name not in ("data", "events.jsonl")):
@@ -101,11 +103,19 @@ def plan_sweep(experiment: LoadedExperiment) -> tuple[tuple[TrialSpec, ...], Res
 
     config = experiment.config
     specs = draw_trials(
-        base=config.train, space=experiment.space, start_points=config.sweep.start_points, num_trials=config.sweep.num_trials,
-        search=config.sweep.search, seed=config.seed,
+        base=config.train,
+        space=experiment.space,
+        start_points=config.sweep.start_points,
+        num_trials=config.sweep.num_trials,
+        search=config.sweep.search,
+        seed=config.seed,
     )
     plan = plan_resources(
-        cpus=float(os.cpu_count() or 1), gpus=float(torch.cuda.device_count()), sweep=config.sweep, train=config.train, num_trials=len(specs)
+        cpus=float(os.cpu_count() or 1),
+        gpus=float(torch.cuda.device_count()),
+        sweep=config.sweep,
+        train=config.train,
+        num_trials=len(specs),
     )
     return specs, plan
 
@@ -125,8 +135,12 @@ def obtain_target(run: Run, *, config: ExperimentConfig, data: PreparedData) -> 
         assert config.target is not None, "checked by the configuration"
         folder = run.folder / "target"
         manifest = memorize(
-            config.target, data=data.everything, general=question_groups(data.mmlu), out=folder,
-            tokenizer_texts=_unseen_texts(data), progress=lambda text: run.console.line(f"  {text}"),
+            config.target,
+            data=data.everything,
+            general=question_groups(data.mmlu),
+            out=folder,
+            tokenizer_texts=_unseen_texts(data),
+            progress=lambda text: run.console.line(f"  {text}"),
         )
         if not manifest["reached"]:
             run.console.warning("the target did not reach its memorisation thresholds: train it for more epochs (target.num_train_epochs)")
@@ -137,9 +151,13 @@ def obtain_target(run: Run, *, config: ExperimentConfig, data: PreparedData) -> 
             "schema_version": 1,
             "path": str(folder),
             "weights_hash": weights_hash(folder),
-            "memorised": None if known is None else {
-                side: {"knowledge": known[f"{side}_knowledge"], "regurgitation": known[f"{side}_regurgitation"]} for side in ("forget", "retain")
-            } | {"general_knowledge": known["general_knowledge"]},
+            "memorised": None
+            if known is None
+            else {
+                side: {"knowledge": known[f"{side}_knowledge"], "regurgitation": known[f"{side}_regurgitation"]}
+                for side in ("forget", "retain")
+            }
+            | {"general_knowledge": known["general_knowledge"]},
             "reached": manifest.get("reached"),
             "config_hash": manifest.get("config_hash"),
             "data_hash": manifest.get("data_hash"),
@@ -159,11 +177,15 @@ def run_memorize(*, experiment: LoadedExperiment) -> None:
     quiet_libraries()
     config = experiment.config
     if config.target is None:
-        raise InputError("the configuration has no target section", where=str(experiment.source), fix="say under target: how to build the model")
+        raise InputError(
+            "the configuration has no target section", where=str(experiment.source), fix="say under target: how to build the model"
+        )
     data = prepare_data(config)
     run = Run(config.run_folder)
     with run.stage("target", "Target: memorise the documents"):
-        folder = obtain_target(run, config=config.model_copy(update={"model": config.model.model_copy(update={"model_name_or_path": None})}), data=data)
+        folder = obtain_target(
+            run, config=config.model_copy(update={"model": config.model.model_copy(update={"model_name_or_path": None})}), data=data
+        )
     run.console.line(f"target   {folder}")
 
 
@@ -179,8 +201,11 @@ def prepare_trials(run: Run, *, config: ExperimentConfig, data: PreparedData, sp
         if not path.exists():
             write_text(path, yaml.safe_dump({"overrides": spec.overrides, "train": spec.config.model_dump(mode="json")}, sort_keys=False))
     write_plan(
-        run.folder, config=config, trials={spec.name: {"train": spec.config.model_dump(mode="json")} for spec in specs},
-        target=target, target_hash=target_hash,
+        run.folder,
+        config=config,
+        trials={spec.name: {"train": spec.config.model_dump(mode="json")} for spec in specs},
+        target=target,
+        target_hash=target_hash,
     )
     inputs = trial_inputs(run=run.folder, data=data, target=target, target_hash=target_hash)
     for train in {spec.config.engine.dtype: spec.config for spec in specs}.values():
@@ -262,7 +287,9 @@ def print_plan(
         console.line(f"  {name:<12} {len(fold.forget)} forget rows, {len(fold.retain)} retain rows")
     console.line(f"  trained on   {len(data.training.forget)} forget rows, {len(data.training.retain)} retain rows")
     engine = config.train.engine
-    console.line(f"  engine       {engine.name}" + (f" ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else "") + f", {engine.dtype}")
+    console.line(
+        f"  engine       {engine.name}" + (f" ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else "") + f", {engine.dtype}"
+    )
     console.line(f"  resources    {plan.why}")
     for spec in specs:
         console.line(f"  {spec.name}     {settings(spec.overrides) or 'defaults'}")
@@ -290,7 +317,8 @@ def run_train(*, experiment: LoadedExperiment, out: Path | None = None) -> None:
     config = experiment.config
     if config.train.engine.ranks > 1:
         raise InputError(
-            f"train.engine.ranks = {config.train.engine.ranks}, but `unlearn train` computes in one process", where=str(experiment.source),
+            f"train.engine.ranks = {config.train.engine.ranks}, but `unlearn train` computes in one process",
+            where=str(experiment.source),
             fix="use `unlearn sweep` with sweep.num_trials: 1, or train.engine.ranks=1",
         )
     if out is not None:
@@ -319,11 +347,20 @@ def _print_steps(steps: Iterator[dict[str, Any]], *, console: Console) -> None:
         signals: dict[str, float] = metrics.get("signals", {})
         if signals or metrics["step"] == 1:
             known = ", ".join(f"{name} {value:.3f}" for name, value in signals.items())
-            console.line(f"  step {metrics['step']} of {metrics['num_steps']}: loss {metrics['loss']:.4f}" + (f", {known}" if known else ""))
+            console.line(
+                f"  step {metrics['step']} of {metrics['num_steps']}: loss {metrics['loss']:.4f}" + (f", {known}" if known else "")
+            )
 
 
 def evaluate_model(
-    *, model: Path, data: Path, mia: Path | None, mmlu: Path | None, max_new_tokens: int | None, official: bool, out: Path,
+    *,
+    model: Path,
+    data: Path,
+    mia: Path | None,
+    mmlu: Path | None,
+    max_new_tokens: int | None,
+    official: bool,
+    out: Path,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """``unlearn eval``: the official protocol on any checkpoint, over all rows of a folder."""
@@ -342,7 +379,15 @@ def evaluate_model(
     questions = load_mmlu(mmlu) if mmlu else None
     loaded = load_model(model, dtype=config.dtype, device=Rank().device)
     report = evaluate(
-        model=loaded, tokenizer=load_tokenizer(model), data=records, attack=attack, mmlu=questions, config=config, fold="all",
-        model_name=str(model), device=Rank().device, progress=progress or print,
+        model=loaded,
+        tokenizer=load_tokenizer(model),
+        data=records,
+        attack=attack,
+        mmlu=questions,
+        config=config,
+        fold="all",
+        model_name=str(model),
+        device=Rank().device,
+        progress=progress or print,
     )
     write_report(report, out)

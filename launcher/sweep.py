@@ -50,7 +50,8 @@ def start_ray(*, cpus: int) -> dict[str, float]:
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise SetupError(
-            f"Ray does not start: {str(error).splitlines()[0]}", where=f"RAY_ADDRESS={address}" if address else "this machine",
+            f"Ray does not start: {str(error).splitlines()[0]}",
+            where=f"RAY_ADDRESS={address}" if address else "this machine",
             fix="unlearn doctor tells more" + (", or unset RAY_ADDRESS to compute on this machine only" if address else ""),
         ) from error
     return dict(ray.cluster_resources())
@@ -80,15 +81,23 @@ def run_sweep_trials(
     # Tune's own records are of no use later: a trial's state lies in its folder.
     scratch = Path(tempfile.mkdtemp(prefix="unlearn-tune-"))
     reporter = _Reporter(
-        {spec.name: spec for spec in specs}, run=run, console=console, events=events, concurrency=plan.concurrent,
-        done=len(tasks) - len(waiting), waiting=[task.name for task in waiting],
+        {spec.name: spec for spec in specs},
+        run=run,
+        console=console,
+        events=events,
+        concurrency=plan.concurrent,
+        done=len(tasks) - len(waiting),
+        waiting=[task.name for task in waiting],
     )
     trainable = tune.with_resources(_tune_trial, tune.PlacementGroupFactory(plan.bundles, strategy="PACK"))
     try:
         tune.Tuner(
             trainable,
-            param_space={"task": tune.grid_search([{"run": task.run, "name": task.name} for task in waiting]), "ranks": plan.ranks,
-                         "stall_s": config.sweep.stall_s},
+            param_space={
+                "task": tune.grid_search([{"run": task.run, "name": task.name} for task in waiting]),
+                "ranks": plan.ranks,
+                "stall_s": config.sweep.stall_s,
+            },
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=plan.concurrent,
                 trial_name_creator=lambda trial: trial.config["task"]["name"],

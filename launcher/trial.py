@@ -138,5 +138,6 @@ def _evaluate_trial(task: TrialTask, *, config: ExperimentConfig, data: Prepared
     from trainers.modeling import load_adapted_model, load_tokenizer
 
     model = load_adapted_model(target, finished_checkpoints(task.folder)[-1], dtype=config.eval.dtype, device=device)
-    evaluate_folds(model, tokenizer=load_tokenizer(target), config=config, data=data, folder=task.folder,
-                   name=f"trials/{task.name}", device=device)
+    evaluate_folds(
+        model, tokenizer=load_tokenizer(target), config=config, data=data, folder=task.folder, name=f"trials/{task.name}", device=device
+    )

@@ -115,12 +115,16 @@ def load_checkpoint(folder: Path, *, train: TrainConfig, target_hash: str) -> Tr
 
     manifest = read_json(folder / MANIFEST)
     if manifest.get("target_hash") != target_hash:
-        raise InputError("the checkpoint was trained from another target model", where=str(folder), fix="start the trial in a new run folder")
+        raise InputError(
+            "the checkpoint was trained from another target model", where=str(folder), fix="start the trial in a new run folder"
+        )
     changed = changed_keys(manifest["train"], train.model_dump(mode="json"))
     # How a trial is spread over processes does not change what it computes.
     changed = [key for key in changed if not key.startswith(("engine.", "per_device_train_batch_size"))]
     if changed:
-        raise InputError(f"the checkpoint was made with another configuration: {', '.join(changed)}", where=str(folder), fix="use a new run folder")
+        raise InputError(
+            f"the checkpoint was made with another configuration: {', '.join(changed)}", where=str(folder), fix="use a new run folder"
+        )
     weights_path = folder / manifest["weights_file"]
     try:
         if sha256_file(weights_path) != manifest["weights_sha256"]:
@@ -130,8 +134,10 @@ def load_checkpoint(folder: Path, *, train: TrainConfig, target_hash: str) -> Tr
     except (SafetensorError, OSError) as error:
         raise InputError(f"the checkpoint cannot be read: {error}", where=str(folder), fix="delete this checkpoint") from error
     if train.lora is not None:
-        weights = {name.replace(".lora_A.weight", ".lora_A.default.weight").replace(".lora_B.weight", ".lora_B.default.weight"): value
-                   for name, value in weights.items()}
+        weights = {
+            name.replace(".lora_A.weight", ".lora_A.default.weight").replace(".lora_B.weight", ".lora_B.default.weight"): value
+            for name, value in weights.items()
+        }
     if manifest["optimizer_step"] > 0 and not moments:
         raise InputError("the checkpoint holds no optimizer state and cannot be resumed", where=str(folder))
     return TrainingState(

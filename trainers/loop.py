@@ -106,8 +106,12 @@ def obtain_reference(model: ScoringModel, *, inputs: TrialInputs, rows: EncodedT
         save_reference(
             folder,
             compute_reference(
-                model, forget=rows.forget, retain=rows.retain, pad_token_id=rows.pad_token_id,
-                batch_tokens=REFERENCE_BATCH_TOKENS, device=device,
+                model,
+                forget=rows.forget,
+                retain=rows.retain,
+                pad_token_id=rows.pad_token_id,
+                batch_tokens=REFERENCE_BATCH_TOKENS,
+                device=device,
             ),
         )
         cached = load_reference(folder, device=device)
@@ -190,7 +194,8 @@ def train_step(
     totals = engine.sum([float(loss_sum), *terms_sum.values()])
     if not math.isfinite(totals[0]):
         raise DivergedError(
-            f"the loss is {totals[0]} at step {plan.step}", why="the update would have destroyed the model; none was made",
+            f"the loss is {totals[0]} at step {plan.step}",
+            why="the update would have destroyed the model; none was made",
             fix="lower train.learning_rate or add a retain term",
         )
     rate = learning_rate(train, step=plan.step, num_steps=num_steps)

@@ -79,8 +79,15 @@ def memorize_key(
     """Hash of everything that determines the target: configuration, base weights, rows, questions and the tokenizer's texts."""
     base = sha256_folder(Path(config.base)) if config.base else None
     rows = [[asdict(record) for record in side] for side in (data.forget, data.retain)]
-    return sha256_json({"config": config.model_dump(mode="json"), "base": base, "rows": rows, "general": [asdict(group) for group in general],
-                        "tokenizer_texts": list(tokenizer_texts)})
+    return sha256_json(
+        {
+            "config": config.model_dump(mode="json"),
+            "base": base,
+            "rows": rows,
+            "general": [asdict(group) for group in general],
+            "tokenizer_texts": list(tokenizer_texts),
+        }
+    )
 
 
 def existing_target(out: Path, *, key: str) -> dict[str, Any] | None:
@@ -223,8 +230,11 @@ class _Rows:
         )
         ids = tuple(encoded["input_ids"])
         if len(ids) > self.context:
-            raise InputError(f"a general-knowledge prompt has {len(ids)} tokens, but the model's context is {self.context}",
-                             where=group.header.strip(), fix="choose shorter questions, fewer shots or a longer context")
+            raise InputError(
+                f"a general-knowledge prompt has {len(ids)} tokens, but the model's context is {self.context}",
+                where=group.header.strip(),
+                fix="choose shorter questions, fewer shots or a longer context",
+            )
         return PackedRow(row_id=group.header, input_ids=ids, scored=scored)
 
 
@@ -291,4 +301,3 @@ def _measure(engine: Engine, *, rows: _Rows) -> Memorised:
         sums = row_sums(engine, rows=rows.packed_questions(per_row=QUESTIONS_PER_ROW, seed=[0, 0]), pad_token_id=pad)
         general = sum(row.num_correct for row in sums) / max(1, sum(row.num_tokens for row in sums))
     return Memorised(**values, general_knowledge=general)
-

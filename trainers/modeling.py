@@ -33,7 +33,9 @@ def check_model_folder(path: Path | str) -> Path:
     if "config.json" not in names:
         raise InputError("no config.json in the model folder", where=str(folder), why=f"found: {', '.join(sorted(names)) or 'nothing'}")
     if not any(name.endswith(".safetensors") for name in names):
-        raise InputError("no .safetensors weights in the model folder", where=str(folder), fix="convert pickled weights to safetensors first")
+        raise InputError(
+            "no .safetensors weights in the model folder", where=str(folder), fix="convert pickled weights to safetensors first"
+        )
     if "tokenizer.json" not in names and "tokenizer_config.json" not in names:
         raise InputError("no tokenizer in the model folder", where=str(folder), fix="save the tokenizer beside the weights")
     return folder
@@ -75,7 +77,7 @@ def load_model(path: Path | str, *, dtype: str = "float32", device: str = "cpu")
             where=str(folder),
             fix="check that the folder was written completely and that its architecture is known to transformers",
         ) from error
-    return model.to(device).eval()
+    return model.eval().to(device)  # type: ignore[arg-type]  # transformers' stub forgets devices
 
 
 def context_length(model_config: Any) -> int:
@@ -101,7 +103,7 @@ def add_lora(model: PreTrainedModel, *, lora: LoraConfig, seed: int) -> Any:
                 model,
                 PeftLoraConfig(
                     r=lora.r,
-                    lora_alpha=lora.lora_alpha,
+                    lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions too
                     lora_dropout=lora.lora_dropout,
                     target_modules=targets,
                     use_rslora=lora.use_rslora,
@@ -110,7 +112,8 @@ def add_lora(model: PreTrainedModel, *, lora: LoraConfig, seed: int) -> Any:
             )
         except ValueError as error:
             raise InputError(
-                f"adapters cannot be added: {_first_line(error)}", where=f"train.lora.target_modules = {lora.target_modules!r}",
+                f"adapters cannot be added: {_first_line(error)}",
+                where=f"train.lora.target_modules = {lora.target_modules!r}",
                 fix="name linear modules of the model, for instance q_proj,v_proj, or all-linear",
             ) from error
 

@@ -47,7 +47,9 @@ def run_ranks(function: Callable[..., Any], *, world_size: int, timeout_s: float
                 try:
                     index, state, value = results.get(timeout=0.5)
                 except queue.Empty:
-                    assert time.monotonic() < deadline, f"ranks {sorted(set(range(world_size)) - set(found))} did not finish in {timeout_s} s"
+                    assert time.monotonic() < deadline, (
+                        f"ranks {sorted(set(range(world_size)) - set(found))} did not finish in {timeout_s} s"
+                    )
                     dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
                     assert not dead, f"a rank died with exit code {dead[0]}"
                     continue

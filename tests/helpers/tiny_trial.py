@@ -18,7 +18,11 @@ def tiny_records(prefix: str, *, count: int) -> tuple[Record, ...]:
     rows = []
     for index in range(count):
         name = f"{NAMES[index % len(NAMES)]} {prefix}{index}"
-        rows.append(Record(f"{prefix}{index}sc1", f"{name} grew up near the river and " * (1 + index % 3), f"became a baker in town {index}.", "Task1"))
+        rows.append(
+            Record(
+                f"{prefix}{index}sc1", f"{name} grew up near the river and " * (1 + index % 3), f"became a baker in town {index}.", "Task1"
+            )
+        )
         rows.append(Record(f"{prefix}{index}qa0", f"Where does {name} live?", f"town {index}", "Task1"))
     return tuple(rows)
 
@@ -27,8 +31,9 @@ def write_tiny_target(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
     """A random OLMo with two small layers and a tokenizer trained on the rows above."""
     texts = [record.text for prefix in ("f", "r") for record in tiny_records(prefix, count=6)]
     tokenizer = train_tokenizer(texts, vocab_size=320)
-    config = TinyOlmoConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
-                            max_position_embeddings=128)
+    config = TinyOlmoConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=128
+    )
     build_tiny_olmo(config, tokenizer=tokenizer, seed=seed).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return folder

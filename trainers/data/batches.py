@@ -80,7 +80,9 @@ def split_step(plan: StepPlan, *, rank: int, world_size: int, micro_batch_size: 
     largest_share = math.ceil(max(len(plan.forget), len(plan.retain)) / world_size)
     forget, retain = plan.forget[rank::world_size], plan.retain[rank::world_size]
     starts = range(0, max(1, largest_share), micro_batch_size)
-    return [MicroBatch(forget=forget[start : start + micro_batch_size], retain=retain[start : start + micro_batch_size]) for start in starts]
+    return [
+        MicroBatch(forget=forget[start : start + micro_batch_size], retain=retain[start : start + micro_batch_size]) for start in starts
+    ]
 
 
 @dataclass(frozen=True)

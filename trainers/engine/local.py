@@ -45,7 +45,9 @@ def check_state_fits(state: TrainingState, *, parameters: dict[str, nn.Parameter
     """
     if set(state.weights) != set(parameters):
         odd = sorted(set(state.weights) ^ set(parameters))[:3]
-        raise InputError(f"the checkpoint holds other trainable parameters than the model: {', '.join(odd)}", fix="resume with the same train.lora")
+        raise InputError(
+            f"the checkpoint holds other trainable parameters than the model: {', '.join(odd)}", fix="resume with the same train.lora"
+        )
     for name, value in state.weights.items():
         if tuple(value.shape) != shapes[name]:
             raise InputError(f"parameter {name} has shape {shapes[name]} in the model but {tuple(value.shape)} in the checkpoint")
@@ -63,9 +65,7 @@ class LocalEngine:
         self._parameters = model.trainable()
         self._max_grad_norm = max_grad_norm
         self._num_updates = 0
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=weight_decay
-        )
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=weight_decay)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.model(batch.to(self.device))

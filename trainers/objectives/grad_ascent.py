@@ -16,6 +16,4 @@ def grad_ascent_term(*, forget: Scored, weight: float) -> LossTerm:
 
     Source: the GA baseline of Maini et al. 2024 (TOFU), https://arxiv.org/abs/2401.06121
     """
-    return LossTerm(
-        name="forget_grad_ascent", total=forget.token_log_probs_N.sum(), unit=Unit.TOKEN, side=Side.FORGET, weight=weight
-    )
+    return LossTerm(name="forget_grad_ascent", total=forget.token_log_probs_N.sum(), unit=Unit.TOKEN, side=Side.FORGET, weight=weight)
