@@ -78,7 +78,9 @@ def load_mmlu(folder: Path) -> MmluData:
             raise InputError(f"no folder {part!r} in the MMLU folder", where=str(folder), fix="give the folder that holds dev/ and test/")
     subjects = sorted(file.name.removesuffix("_test.csv") for file in (folder / "test").glob("*_test.csv"))
     if not subjects:
-        raise InputError("no file named *_test.csv", where=str(folder / "test"))
+        raise InputError(
+            "no file named *_test.csv", where=str(folder / "test"), fix="put SUBJECT_test.csv there and SUBJECT_dev.csv into dev/"
+        )
     dev = {subject: _read_questions(folder / "dev" / f"{subject}_dev.csv", subject=subject) for subject in subjects}
     test = {subject: _read_questions(folder / "test" / f"{subject}_test.csv", subject=subject) for subject in subjects}
     return MmluData(dev=dev, test={subject: questions for subject, questions in test.items() if questions})
@@ -86,7 +88,12 @@ def load_mmlu(folder: Path) -> MmluData:
 
 def _read_questions(path: Path, *, subject: str) -> tuple[Question, ...]:
     if not path.is_file():
-        raise InputError("MMLU file not found", where=str(path), why="every subject needs a file of solved examples and one of questions")
+        raise InputError(
+            "MMLU file not found",
+            where=str(path),
+            why="every subject needs a file of solved examples and one of questions",
+            fix="add the file, or drop the subject",
+        )
     questions = []
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
@@ -99,11 +106,15 @@ def _read_questions(path: Path, *, subject: str) -> tuple[Question, ...]:
                     )
                 answer = cells[5].strip()
                 if answer not in LETTERS:
-                    raise InputError(f"the answer is {cells[5]!r}, not one of A, B, C, D", where=where)
+                    raise InputError(
+                        f"the answer is {cells[5]!r}, not one of A, B, C, D", where=where, fix="write the letter of the right choice"
+                    )
                 choices = (cells[1], cells[2], cells[3], cells[4])
                 questions.append(Question(subject=subject, row=row, question=cells[0], choices=choices, answer=answer))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"not a CSV file in UTF-8: {error}", where=f"{path}, line {reader.line_num}") from None
+            raise InputError(
+                f"not a CSV file in UTF-8: {error}", where=f"{path}, line {reader.line_num}", fix="save the file as UTF-8 CSV"
+            ) from None
     return tuple(questions)
 
 
@@ -130,12 +141,18 @@ def _rng(seed: int, subject: str) -> np.random.Generator:
 
 
 def split_mmlu(data: MmluData, *, seed: int) -> dict[str, MmluData]:
-    """Two halves of every subject's questions, ``validation`` and ``test`` (which gets the odd one); the solved examples are shared."""
+    """Two halves of every subject's questions, ``validation`` and ``test``; the solved examples are shared.
+
+    The odd question of a subject goes to the half that has fewer so far, so that many subjects of one question each are halved, too.
+    """
     halves: dict[str, dict[str, tuple[Question, ...]]] = {"validation": {}, "test": {}}
+    ahead = 0
     for subject, questions in data.test.items():
-        chosen = set(_rng(seed, subject).permutation(len(questions))[: len(questions) // 2].tolist())
+        size = len(questions) // 2 + (len(questions) % 2 if ahead < 0 else 0)
+        chosen = set(_rng(seed, subject).permutation(len(questions))[:size].tolist())
         halves["validation"][subject] = tuple(question for i, question in enumerate(questions) if i in chosen)
         halves["test"][subject] = tuple(question for i, question in enumerate(questions) if i not in chosen)
+        ahead += 2 * size - len(questions)
     return {name: MmluData(dev=data.dev, test={s: q for s, q in half.items() if q}) for name, half in halves.items()}
 
 

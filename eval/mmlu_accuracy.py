@@ -133,17 +133,35 @@ def letter_ids(tokenizer: Any) -> list[int]:
     return ids
 
 
+def check_prompts(data: MmluData, *, tokenizer: Any, limit: int) -> None:
+    """Refuse questions that do not fit even without solved examples, and tokenizers that cannot tell the letters apart.
+
+    Raises:
+        InputError: naming subject and row.
+    """
+    letter_ids(tokenizer)
+    for question in data.questions:
+        prompt = mmlu_prompt(subject=question.subject, question=question, dev=(), shots=0)
+        # No token is shorter than a byte, a few that a tokenizer adds by itself aside: most prompts need not be tokenised.
+        if len(prompt.encode()) + 8 > limit and (length := len(encode_prompt(tokenizer, prompt))) > limit:
+            raise _too_long(question, length=length, limit=limit)
+
+
+def _too_long(question: Question, *, length: int, limit: int) -> InputError:
+    return InputError(
+        f"the prompt has {length} tokens without any solved example, but at most {limit} fit",
+        where=f"MMLU subject {question.subject}, row {question.row}",
+        fix="leave the question out, or raise mmlu_max_prompt_tokens (up to the model's context)",
+    )
+
+
 def _encode(index: int, question: Question, data: MmluData, tokenizer: Any, *, shots: int, limit: int) -> _Prompt:
     dev = data.dev.get(question.subject, ())
     for count in range(min(shots, len(dev)), -1, -1):
         ids = encode_prompt(tokenizer, mmlu_prompt(subject=question.subject, question=question, dev=dev, shots=count))
         if len(ids) <= limit:
             return _Prompt(index=index, ids=tuple(ids), shots=count)
-    raise InputError(
-        f"the prompt has {len(ids)} tokens without any solved example, but at most {limit} fit",
-        where=f"MMLU subject {question.subject}, row {question.row}",
-        fix="leave the question out, or raise mmlu_max_prompt_tokens (up to the model's context)",
-    )
+    raise _too_long(question, length=len(ids), limit=limit)
 
 
 def _common_prefix(prompts: Sequence[_Prompt]) -> int:

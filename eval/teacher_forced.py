@@ -104,22 +104,29 @@ def _summary(row: EncodedRow, log_probs: torch.Tensor, correct: torch.Tensor) ->
     )
 
 
-def document_losses(*, model: Any, tokenizer: Any, documents: Sequence[Document], batch_tokens: int, device: str) -> list[float]:
-    """Mean loss over tokens 2..n of each document, nats: what the membership attack reads. NaN for a document of one token.
+def encode_documents(documents: Sequence[Document], *, tokenizer: Any, context: int) -> list[EncodedRow]:
+    """Encode the documents of the membership attack, in order.
 
     Raises:
-        InputError: if a document is longer than the model's context.
+        InputError: if a document is longer than the context.
     """
-    context = context_length(model.config)
-    rows = []
-    for document in documents:
-        row = encode_text(document.text, tokenizer=tokenizer)
+    rows = [encode_text(document.text, tokenizer=tokenizer) for document in documents]
+    for document, row in zip(documents, rows, strict=True):
         if len(row.input_ids) > context:
             raise InputError(
                 f"the document has {len(row.input_ids)} tokens, but the model's context holds {context}",
                 where=f"membership document {document.id!r}",
                 fix="remove the document, or evaluate a model with a longer context",
             )
-        rows.append(row)
+    return rows
+
+
+def document_losses(*, model: Any, tokenizer: Any, documents: Sequence[Document], batch_tokens: int, device: str) -> list[float]:
+    """Mean loss over tokens 2..n of each document, nats: what the membership attack reads. NaN for a document of one token.
+
+    Raises:
+        InputError: if a document is longer than the model's context.
+    """
+    rows = encode_documents(documents, tokenizer=tokenizer, context=context_length(model.config))
     scores = score_rows(model=model, tokenizer=tokenizer, rows=rows, batch_tokens=batch_tokens, device=device)
     return [-score.answer_log_prob / score.num_tokens if score.num_tokens else math.nan for score in scores]

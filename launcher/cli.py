@@ -5,7 +5,9 @@ Nothing heavy is imported here before a command needs it: `unlearn --help` answe
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -269,9 +271,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="unlearn", standalone_mode=False)
         if code == 130:  # the parser has already turned Ctrl-C into its exit code
-            _tell("interrupted", 130)
+            _tell_interrupted()
     except (KeyboardInterrupt, typer.Abort):
-        code = _tell("interrupted", 130)
+        code = _tell_interrupted()
     except UserFacingError as error:
         if debug:
             traceback.print_exc()
@@ -283,10 +285,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        first = (str(error).strip().splitlines() or [""])[0]
-        hint = "" if debug else "\n  fix: run the command again with --debug to see where it comes from"
-        code = _tell(f"internal error: {type(error).__name__}: {first}{hint}", 1)
+        code = _tell_unexpected(error, debug=debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell_interrupted() -> int:
+    # An interrupt that passes through text which a library evaluates is marked as unhandled by CPython, and the process would end
+    # by a signal whatever its exit code (run_eval_code_obj in Python/pythonrun.c). Running any text takes the mark away.
+    exec("")
+    return _tell("interrupted", 130)
+
+
+def _tell_unexpected(error: Exception, *, debug: bool) -> int:
+    """A machine that gave out (exit code 3), or a mistake of ours (1)."""
+    # The safetensors library reports the system's error numbers in words only.
+    number = error.errno if isinstance(error, OSError) else errno.ENOSPC if "(os error 28)" in str(error) else None
+    if number in _MACHINE_ERRORS:
+        name = getattr(error, "filename", None)
+        where = f"\n  where: {name}" if name else ""
+        return _tell(f"environment error: {os.strerror(number)}{where}\n  fix: {_MACHINE_ERRORS[number]}", 3)
+    first = (str(error).strip().splitlines() or [""])[0]
+    hint = "" if debug else "\n  fix: run the command again with --debug to see where it comes from"
+    return _tell(f"internal error: {type(error).__name__}: {first}{hint}", 1)
+
+
+_MACHINE_ERRORS = {
+    errno.ENOSPC: "free space on the disk, then run the same command again",
+    errno.EDQUOT: "free space within the quota, then run the same command again",
+    errno.EROFS: "write to a file system that is not read-only",
+    errno.EACCES: "change the permissions, or write to another folder",
+    errno.EPERM: "change the permissions, or write to another folder",
+    errno.EMFILE: "raise the limit on open files: ulimit -n 65536",
+    errno.ENFILE: "raise the machine's limit on open files",
+    errno.EIO: "look at the disk: the system log says more",
+}
+"""What to do about errors of the operating system that no input causes."""
 
 
 def _tell(message: str, code: int) -> int:

@@ -14,6 +14,7 @@ from trainers.config import Frozen, TrainConfig
 from trainers.memorize import MemorizeConfig
 
 Fold = Literal["train", "validation", "test"]
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class Relation(NamedTuple):
@@ -109,7 +110,7 @@ class SweepConfig(Frozen):
 class ExperimentConfig(Frozen):
     """One sweep from target model to report. Relative paths count from the folder in which the command is run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="name of the run folder: letters, digits and . _ -")
+    name: str = Field(pattern=RUN_NAME, description="name of the run folder: letters, digits and . _ -")
     seed: int = Field(42, ge=0, description="every trial's own seed follows from it")
     storage_path: str = Field("runs", min_length=1, description="folder that holds the run folder")
     model: ModelConfig = ModelConfig()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config import ExperimentConfig
-from trainers.data.folds import make_folds, split_attack
+from trainers.data.folds import SCORED_FOLDS, make_folds, split_attack
 from trainers.data.records import load_attack_documents, load_forget_retain, load_splits, normalise_whitespace
 from trainers.data.subset import subset_attack, subset_documents
 from trainers.data.types import AttackDocuments, ForgetRetain
+from trainers.errors import InputError
 from trainers.files import sha256_json
 
 if TYPE_CHECKING:
@@ -55,6 +57,11 @@ class PreparedData:
         return self.mmlu[fold] if self.mmlu else None
 
 
+def unseen_texts(data: PreparedData) -> list[str]:
+    """The membership attack's non-members: a tiny target's tokenizer must know their words, too."""
+    return [document.text for fold in (data.attack or {}).values() for document in fold.nonmembers]
+
+
 def prepare_data(config: ExperimentConfig) -> PreparedData:
     """Read, check, cut down and split the data; deterministic in the configuration.
 
@@ -68,18 +75,23 @@ def prepare_data(config: ExperimentConfig) -> PreparedData:
     everything = load_forget_retain(
         data.path, forget=data.forget, retain=data.retain, columns={str(field): column for field, column in data.columns.items()} or None
     )
-    splits = load_splits(Path(data.path)) if data.path else None
-    attack = load_attack_documents(Path(data.mia)) if data.mia else None
+    splits = load_splits(Path(data.path).expanduser()) if data.path else None
+    attack = load_attack_documents(Path(data.mia).expanduser()) if data.mia else None
     if data.documents is not None:
         members = frozenset(normalise_whitespace(document.text) for document in attack.members) if attack else frozenset()
         everything = subset_documents(everything, documents_per_task=data.documents, seed=seed, prefer=members)
-        attack = subset_attack(attack, data=everything, seed=seed) if attack else None
+        with _located(str(data.mia)):
+            attack = subset_attack(attack, data=everything, seed=seed) if attack else None
         splits = None
-    folds = make_folds(everything, splits=splits, fractions=data.folds.model_dump(), seed=seed)
+    with _located(str(Path(data.path) / "splits.json") if data.path and splits else str(data.path or data.forget)):
+        folds = make_folds(everything, splits=splits, fractions=data.folds.model_dump(), seed=seed)
+        _check_scored(folds)
+    with _located(str(data.mia)):
+        attacks = split_attack(attack, folds=folds, seed=seed) if attack else None
     return PreparedData(
         everything=everything,
         folds=folds,
-        attack=split_attack(attack, folds=folds, seed=seed) if attack else None,
+        attack=attacks,
         mmlu=_mmlu(config),
         training=ForgetRetain(
             forget=everything.forget,
@@ -88,12 +100,34 @@ def prepare_data(config: ExperimentConfig) -> PreparedData:
     )
 
 
+@contextmanager
+def _located(source: str) -> Iterator[None]:
+    """Name the file or folder in messages about what was read from it."""
+    try:
+        yield
+    except InputError as error:
+        where = f"{source}, {error.where}" if error.where else source
+        raise InputError(error.what, where=where, why=error.why, fix=error.fix) from None
+
+
+def _check_scored(folds: Mapping[str, ForgetRetain]) -> None:
+    """A fold without rows has no scores, and nothing could be selected or reported."""
+    for name in SCORED_FOLDS:
+        for set_name, records in (("forget", folds[name].forget), ("retain", folds[name].retain)):
+            if not records:
+                raise InputError(
+                    f"the {name} fold of the {set_name} set is empty",
+                    why="selection reads the validation fold, and the final numbers come from the test fold",
+                    fix="give each of them at least one document",
+                )
+
+
 def _mmlu(config: ExperimentConfig) -> dict[str, MmluData] | None:
     from eval.mmlu import load_mmlu, split_mmlu, subset_mmlu
 
     if config.data.mmlu is None:
         return None
-    questions = load_mmlu(Path(config.data.mmlu))
+    questions = load_mmlu(Path(config.data.mmlu).expanduser())
     if config.data.mmlu_questions is not None:
         questions = subset_mmlu(questions, questions=config.data.mmlu_questions, seed=config.seed, max_words=config.data.mmlu_max_words)
     return split_mmlu(questions, seed=config.seed)

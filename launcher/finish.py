@@ -23,7 +23,7 @@ from trainers.errors import RunError
 from trainers.files import append_jsonl, read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
-    from launcher.stages import Run
+    from launcher.run_folder import Run
     from merging.outcome import PairSearchResult
 
 MEASUREMENTS = "pairs-measured.jsonl"
@@ -57,7 +57,7 @@ def finish_run(run: Run, *, config: ExperimentConfig, data: PreparedData, specs:
     results = read_results(run.folder) | {"run_finished": True, "timings": run.timings()}
     write_results(run.folder, results)
     build_report(run.folder)
-    run.console.summary(results, paths={"model": run.folder / "merged"} if delivered else {} | {"report": page})
+    run.console.summary(results, paths={"model": run.folder / "merged"} if delivered else {})
     run.console.line(f"report   {page}")
     if delivered is None:
         raise RunError(
@@ -161,16 +161,15 @@ def deliver(run: Run, *, config: ExperimentConfig, data: PreparedData, result: P
         delivered = winner.name
         merges[winner.name] = ([checkpoints[winner.name]], MergeConfig(method="linear"))
     else:
-        delivered = "ties" if winner.role == "merge" else "linear"
+        delivered = "ties"
     for name, (parents, merge) in merges.items():
         is_delivered = name == delivered
         folder = run.folder / ("merged" if is_delivered else f"controls/{name}")
-        if (folder / "eval.json").exists():
-            continue
         weights = folder if is_delivered else folder / "model"
-        if not (weights / "merge.json").exists():
-            merge_checkpoint(base=target, trials=parents, out=weights, config=merge)
-        evaluate_folder(weights, config=config, data=data, folder=folder, name=str(folder.relative_to(run.folder)))
+        if not (folder / "eval.json").exists():
+            if not (weights / "merge.json").exists():
+                merge_checkpoint(base=target, trials=parents, out=weights, config=merge)
+            evaluate_folder(weights, config=config, data=data, folder=folder, name=str(folder.relative_to(run.folder)))
         if not is_delivered:
             _drop_weights(weights)
     if delivered is not None:
@@ -218,8 +217,8 @@ def assemble(
             models.append(
                 model_entry(run=folder, name=delivered, role="control", label="best single trial", folder=folder / "merged", parents=())
             )
-    notes = read_json(folder / "baseline" / "eval.json")["notes"]
-    warnings += [str(note) for note in notes]
+    judged = folder / "merged" / "eval.json" if delivered is not None else folder / "baseline" / "eval.json"
+    warnings += [fold_note(config), *(str(note) for note in read_json(judged)["notes"])]
     target = read_json(folder / "target.json")
     sentence_facts = {"reason": result.reason, "best_parent": result.best_parent.name if result.best_parent else None,
                       "pair_names": " and ".join(pair.trials) if pair else ""}  # fmt: skip
@@ -242,3 +241,14 @@ def assemble(
         "timings": run.timings(),
         "warnings": warnings,
     }
+
+
+def fold_note(config: ExperimentConfig) -> str:
+    """What the documents behind the final numbers were used for before."""
+    forget = "Trials trained on every forget document, because all of them are to be forgotten"
+    if "test" in config.data.rehearse:
+        return (
+            f"{forget}, and rehearsed the retain documents of the test fold too, as the benchmark does; what selection never saw are "
+            "their scores. data.rehearse: [train] measures retention on documents that no trial rehearsed."
+        )
+    return f"{forget}; retain documents of the test fold were rehearsed by no trial."

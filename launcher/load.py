@@ -334,14 +334,17 @@ def _texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _escape(values: Any) -> Any:
-    """Text that contains ``${`` as OmegaConf reads it back unchanged."""
+    """The same values with all of their texts escaped."""
     if isinstance(values, dict):
         return {key: _escape(value) for key, value in values.items()}
     if isinstance(values, list):
         return [_escape(value) for value in values]
-    if isinstance(values, str):
-        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", values)
-    return values
+    return escape_text(values) if isinstance(values, str) else values
+
+
+def escape_text(text: str) -> str:
+    """The text as OmegaConf reads it back unchanged, also where it contains ``${``."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
 
 
 def _with_line(problem: Problem, lines: Lines) -> Problem:

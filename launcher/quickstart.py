@@ -6,9 +6,12 @@ from importlib import resources
 from pathlib import Path
 
 from launcher.console import Console
-from launcher.load import load_experiment
+from launcher.load import escape_text, load_experiment
+from launcher.run_folder import RESOLVED, check_run_place, run_place
 from launcher.stages import run_sweep
+from launcher.yaml_text import dump_values
 from trainers.errors import InputError
+from trainers.files import read_json
 
 SYNTHETIC_DOCUMENTS = 32
 """Synthetic documents per task and set, where no number is asked for."""
@@ -30,24 +33,38 @@ def run_quickstart(
     if data is None and (mia is not None or mmlu is not None):
         raise InputError("--mia and --mmlu go with --data", why="the synthetic benchmark has documents and questions of its own",
                          fix="give --data, or leave them out")  # fmt: skip
-    out = Path(out)
-    settings = [f"storage_path={out.parent}", f"name={out.name}", f"seed={seed}", f"target.seed={seed}"]
+    storage_path, name = run_place(out)
+    run = Path(storage_path) / name
+    check_run_place(run)
+    settings = [_setting("storage_path", storage_path), _setting("name", name), f"seed={seed}", f"target.seed={seed}"]
     if data is None:
-        folder = _synthetic(out / "data", documents=documents or SYNTHETIC_DOCUMENTS, seed=seed)
-        settings += [f"data.path={folder / 'lume'}", f"data.mia={folder / 'mia'}", f"data.mmlu={folder / 'mmlu'}"]
+        folder = _synthetic(run, documents=SYNTHETIC_DOCUMENTS if documents is None else documents, seed=seed)
+        settings += [_setting(f"data.{key}", folder / part) for key, part in (("path", "lume"), ("mia", "mia"), ("mmlu", "mmlu"))]
     else:
-        settings += [f"data.path={data}", f"data.documents={documents or REAL_DOCUMENTS}"]
+        settings += [_setting("data.path", data), f"data.documents={documents or REAL_DOCUMENTS}"]
         settings += ["data.mmlu_questions=48", "data.mmlu_max_words=40", "target.tiny.vocab_size=4096", "target.num_train_epochs=120"]
-        settings += [f"data.mia={mia if mia is not None else 'null'}", f"data.mmlu={mmlu if mmlu is not None else 'null'}"]
+        settings += [_setting("data.mia", mia), _setting("data.mmlu", mmlu)]
     with resources.as_file(resources.files("launcher") / "recipes" / "quickstart.yaml") as recipe:
         experiment = load_experiment(recipe, settings)
     return run_sweep(experiment=experiment, resume=True, console=console)
 
 
-def _synthetic(folder: Path, *, documents: int, seed: int) -> Path:
-    from trainers.data.synthetic import write_synthetic_benchmark
-    from trainers.files import read_json
+def _setting(key: str, value: Path | str | None) -> str:
+    """An override with exactly this text, whatever YAML or an interpolation would make of it."""
+    return f"{key}={dump_values(None if value is None else escape_text(str(value)))}"
 
+
+def _synthetic(run: Path, *, documents: int, seed: int) -> Path:
+    from trainers.data.synthetic import MAX_DOCUMENTS, MIN_DOCUMENTS, write_synthetic_benchmark
+
+    if not MIN_DOCUMENTS <= documents <= MAX_DOCUMENTS:
+        raise InputError(
+            f"{documents} synthetic documents per task and set",
+            where="--documents",
+            why="three folds need three documents" if documents < MIN_DOCUMENTS else "there are names for that many only",
+            fix=f"give a number from {MIN_DOCUMENTS} to {MAX_DOCUMENTS}",
+        )
+    folder = run / "data"
     wanted = {"documents_per_task": documents, "seed": seed}
     if (folder / "manifest.json").exists():
         known = read_json(folder / "manifest.json")
@@ -56,6 +73,8 @@ def _synthetic(folder: Path, *, documents: int, seed: int) -> Path:
             raise InputError(f"the run folder holds synthetic documents made with {found}, not {wanted}", where=str(folder),
                              fix="use the same options again, or another --out")  # fmt: skip
         return folder
+    if (run / RESOLVED).exists():
+        raise InputError("the run folder belongs to a run on other data", where=str(run), fix="give its --data again, or another --out")
     # Twice as many strangers as members: scoring them costs little and steadies the attack's AUC.
     write_synthetic_benchmark(folder, documents_per_task=documents, attack_documents=2 * documents, seed=seed)
     return folder

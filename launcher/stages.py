@@ -3,98 +3,26 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launcher.config import ExperimentConfig
 from launcher.console import Console, duration
-from launcher.data import PreparedData, prepare_data, question_groups
-from launcher.events import EventLog
+from launcher.data import PreparedData, prepare_data, question_groups, unseen_texts
 from launcher.load import LoadedExperiment, dump_yaml
+from launcher.lock import hold
 from launcher.logs import quiet_libraries
+from launcher.preflight import check_fit, check_texts
 from launcher.resources import ResourcePlan, plan_resources
+from launcher.run_folder import Run, check_run_place, check_same_target, claim_run, run_place
 from launcher.scoring import evaluate_folder
-from launcher.search_space import TrialSpec, draw_trials
+from launcher.search_space import SearchSpace, TrialSpec, draw_trials
 from launcher.trial import trial_inputs, write_plan
-from trainers.checkpoint import changed_keys
 from trainers.errors import InputError, RunError
-from trainers.files import read_json, sha256_json, write_json, write_text
+from trainers.files import check_output_file, read_json, sha256_json, write_json, write_text
 from trainers.memorize import MANIFEST as TARGET_MANIFEST
 from trainers.memorize import memorize, weights_hash
-
-EXPERIMENT = "experiment.yaml"
-RESOLVED = "experiment.json"
-
-
-class Run:
-    """A run folder with its console and its event log."""
-
-    def __init__(self, folder: Path, *, console: Console | None = None) -> None:
-        self.folder = Path(folder)
-        self.console = console or Console()
-        self.events = EventLog(self.folder)
-
-    @contextmanager
-    def stage(self, name: str, title: str) -> Iterator[None]:
-        """Record a stage's start and end, and print its heading and time."""
-        self.console.stage(title)
-        self.events.started(name)
-        started = time.time()
-        yield
-        self.events.finish(name, seconds=round(time.time() - started, 2))
-
-    def timings(self) -> dict[str, float]:
-        """Seconds spent per stage, over all starts of the run."""
-        total: dict[str, float] = {}
-        for event in self.events.events():
-            if event["kind"] == "stage_finished":
-                total[event["stage"]] = round(total.get(event["stage"], 0.0) + float(event.get("seconds") or 0.0), 2)
-        return total
-
-
-def claim_run(config: ExperimentConfig, *, space: dict[str, Any], data: PreparedData, resume: bool) -> Run:
-    """The run folder of an experiment: a new one, or the same experiment's again.
-
-    Raises:
-        InputError: if the folder belongs to a different experiment, or resuming was refused.
-    """
-    run = Run(config.run_folder)
-    resolved = {"config": config.model_dump(mode="json"), "space": space, "data_hash": data.hash}
-    path = run.folder / RESOLVED
-    if path.exists():
-        if not resume:
-            raise InputError("the run folder is already in use", where=str(run.folder), fix="choose another name, or leave out --no-resume")
-        changed = changed_keys(_without_place(read_json(path)), _without_place(resolved))
-        if changed:
-            names = ", ".join(key.removeprefix("config.") for key in changed[:8])
-            raise InputError(
-                f"the run folder belongs to another configuration; changed: {names}",
-                where=str(run.folder),
-                why="its finished trials would not fit",
-                fix="undo the change, or choose another name",
-            )
-        return run
-    if run.folder.exists() and any(entry for entry in run.folder.iterdir() if entry.name not in ("data", "events.jsonl")):
-        raise InputError("the folder holds something that is not a run", where=str(run.folder), fix="choose an empty or a new folder")
-    write_text(run.folder / EXPERIMENT, dump_yaml(config))
-    write_json(path, resolved)
-    return run
-
-
-def _without_place(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Where a run lies, and how much of a machine it may use, does not change what it computes."""
-    config = {key: value for key, value in resolved["config"].items() if key not in ("storage_path", "name")}
-    free = ("cpus_per_rank", "gpus_per_rank", "max_concurrent", "max_failures", "trial_timeout_s", "stall_s")
-    config["sweep"] = {key: value for key, value in config["sweep"].items() if key not in free}
-    return resolved | {"config": config}
-
-
-def space_facts(experiment: LoadedExperiment) -> dict[str, Any]:
-    """The search space as plain values, for comparing two starts of a run."""
-    return {path: domain.spec() for path, domain in experiment.space.domains.items()}
 
 
 def plan_sweep(experiment: LoadedExperiment) -> tuple[tuple[TrialSpec, ...], ResourcePlan]:
@@ -139,7 +67,7 @@ def obtain_target(run: Run, *, config: ExperimentConfig, data: PreparedData) -> 
             data=data.everything,
             general=question_groups(data.mmlu),
             out=folder,
-            tokenizer_texts=_unseen_texts(data),
+            tokenizer_texts=unseen_texts(data),
             progress=lambda text: run.console.line(f"  {text}"),
         )
         if not manifest["reached"]:
@@ -168,10 +96,6 @@ def obtain_target(run: Run, *, config: ExperimentConfig, data: PreparedData) -> 
     return folder
 
 
-def _unseen_texts(data: PreparedData) -> list[str]:
-    return [document.text for fold in (data.attack or {}).values() for document in fold.nonmembers]
-
-
 def run_memorize(*, experiment: LoadedExperiment) -> None:
     """``unlearn memorize``: build the target model of an experiment."""
     quiet_libraries()
@@ -180,12 +104,14 @@ def run_memorize(*, experiment: LoadedExperiment) -> None:
         raise InputError(
             "the configuration has no target section", where=str(experiment.source), fix="say under target: how to build the model"
         )
+    config = config.model_copy(update={"model": config.model.model_copy(update={"model_name_or_path": None})})
     data = prepare_data(config)
+    check_texts(config, data=data, trains=())
     run = Run(config.run_folder)
+    check_run_place(run.folder)
+    check_same_target(run.folder, config=config, data=data)
     with run.stage("target", "Target: memorise the documents"):
-        folder = obtain_target(
-            run, config=config.model_copy(update={"model": config.model.model_copy(update={"model_name_or_path": None})}), data=data
-        )
+        folder = obtain_target(run, config=config, data=data)
     run.console.line(f"target   {folder}")
 
 
@@ -219,20 +145,27 @@ def run_sweep(*, experiment: LoadedExperiment, resume: bool = True, dry_run: boo
         InputError: before anything is written, if configuration or data are unusable.
         RunError: after the report, if no trial is alive.
     """
-    from launcher.finish import finish_run
-    from launcher.provenance import record_provenance
-    from launcher.sweep import run_sweep_trials, start_ray, stop_ray
-
     quiet_libraries()
+    use_all_cores()
     config = experiment.config
     data = prepare_data(config)
     specs, plan = plan_sweep(experiment)
-    check_lengths(config, data=data)
+    check_texts(config, data=data, trains=[spec.config for spec in specs])
     if dry_run:
         print_plan(experiment, data=data, specs=specs, plan=plan, console=console or Console())
         return config.run_folder
-    run = claim_run(config, space=space_facts(experiment), data=data, resume=resume)
+    run = claim_run(config, space=experiment.space, data=data, resume=resume)
     run.console = console or run.console
+    with hold(run.folder / ".lock"):
+        _sweep(run, config=config, data=data, specs=specs, plan=plan)
+    return run.folder
+
+
+def _sweep(run: Run, *, config: ExperimentConfig, data: PreparedData, specs: tuple[TrialSpec, ...], plan: ResourcePlan) -> None:
+    from launcher.finish import finish_run
+    from launcher.provenance import record_provenance
+    from launcher.sweep import run_sweep_trials, start_ray, stop_ray, waiting_tasks
+
     record_provenance(run.folder, seed=config.seed, hashes={"data": data.hash, "config": sha256_json(config.model_dump(mode="json"))})
     run.console.line(f"run      {run.folder}")
     with run.stage("target", "Target: the model that has memorised the documents"):
@@ -242,25 +175,21 @@ def run_sweep(*, experiment: LoadedExperiment, resume: bool = True, dry_run: boo
         prepare_trials(run, config=config, data=data, specs=specs, target=target)
         print_baseline(run)
     with run.stage("trials", f"Trials: {len(specs)}, {plan.why}"):
-        start_ray(cpus=os.cpu_count() or 1)
-        try:
-            run_sweep_trials(specs, run=run.folder, config=config, plan=plan, console=run.console, events=run.events)
-        finally:
-            stop_ray()
+        if waiting_tasks(specs, run=run.folder):
+            start_ray(cpus=os.cpu_count() or 1)
+            try:
+                run_sweep_trials(specs, run=run.folder, config=config, plan=plan, console=run.console, events=run.events)
+            finally:
+                stop_ray()
     finish_run(run, config=config, data=data, specs=specs, target=target)
-    return run.folder
 
 
-def check_lengths(config: ExperimentConfig, *, data: PreparedData) -> None:
-    """Refuse rows that are longer than a given target's context before anything is written."""
-    if config.model.model_name_or_path is None:
-        return
-    from trainers.loop import encode_trial
-    from trainers.modeling import check_model_folder
+def use_all_cores() -> None:
+    """Compute with as many threads as there are cores (16 at most), whatever the environment says: sums in another order end in other
+    last digits, and a run that is resumed from another shell must go on with the same ones."""
+    import torch
 
-    folder = check_model_folder(config.model.model_name_or_path)
-    inputs = trial_inputs(run=config.run_folder, data=data, target=folder, target_hash="")
-    encode_trial(inputs, train=config.train)
+    torch.set_num_threads(min(16, os.cpu_count() or 1))
 
 
 def print_baseline(run: Run) -> None:
@@ -300,11 +229,11 @@ def validate_experiment(*, experiment: LoadedExperiment, resolved: bool = False)
     quiet_libraries()
     config = experiment.config
     if resolved:
-        print(dump_yaml(config), end="")
+        print(dump_yaml(config, space=experiment.space), end="")
         return
     data = prepare_data(config)
     specs, plan = plan_sweep(experiment)
-    check_lengths(config, data=data)
+    check_texts(config, data=data, trains=[spec.config for spec in specs])
     print_plan(experiment, data=data, specs=specs, plan=plan, console=Console())
     print("valid")
 
@@ -322,10 +251,11 @@ def run_train(*, experiment: LoadedExperiment, out: Path | None = None) -> None:
             fix="use `unlearn sweep` with sweep.num_trials: 1, or train.engine.ranks=1",
         )
     if out is not None:
-        config = config.model_copy(update={"storage_path": str(Path(out).parent), "name": Path(out).name})
+        storage_path, name = run_place(out)
+        config = config.model_copy(update={"storage_path": storage_path, "name": name})
     data = prepare_data(config)
-    check_lengths(config, data=data)
-    run = claim_run(config, space={}, data=data, resume=True)
+    check_texts(config, data=data, trains=[config.train])
+    run = claim_run(config, space=SearchSpace(), data=data, resume=True)
     spec = TrialSpec(name="trial-00", overrides={}, config=config.train)
     with run.stage("target", "Target"):
         target = obtain_target(run, config=config, data=data)
@@ -352,6 +282,35 @@ def _print_steps(steps: Iterator[dict[str, Any]], *, console: Console) -> None:
             )
 
 
+def locate_model(path: Path) -> tuple[Path, Path]:
+    """The base and the checkpoint that a path stands for: a model folder (which is its own base), a trial, or one of its checkpoints.
+
+    Raises:
+        InputError: if it is none of these, or an adapter whose base is not where it was.
+    """
+    from merging.task_vectors import open_task_vector, resolve_checkpoint
+    from trainers.modeling import check_model_folder
+
+    path = Path(path).expanduser()
+    inside = ("adapter_config.json", "checkpoints", "trials")
+    if (path / "config.json").exists() or not any((path / name).exists() for name in inside):
+        return check_model_folder(path), path
+    checkpoint = resolve_checkpoint(path)
+    if not (checkpoint / "adapter_config.json").exists():
+        return check_model_folder(checkpoint), checkpoint
+    recorded = read_json(checkpoint / "adapter_config.json").get("base_model_name_or_path")
+    if not recorded or not Path(recorded).is_dir():
+        raise InputError(
+            f"the adapter's base model is not there: {recorded}",
+            where=f"{checkpoint / 'adapter_config.json'}, key 'base_model_name_or_path'",
+            fix="correct the path, or write the adapted model with `unlearn merge --method linear` and evaluate that",
+        )
+    base = check_model_folder(recorded)
+    # Opening it checks what a plain load does not: another base, shapes, damaged bytes.
+    open_task_vector(base=base, trial=checkpoint)
+    return base, checkpoint
+
+
 def evaluate_model(
     *,
     model: Path,
@@ -363,24 +322,39 @@ def evaluate_model(
     out: Path,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """``unlearn eval``: the official protocol on any checkpoint, over all rows of a folder."""
+    """``unlearn eval``: the official protocol on any checkpoint, over all rows of a folder.
+
+    Raises:
+        InputError: before anything is computed, if model, data or output are unusable.
+    """
     from eval.config import EvalConfig
     from eval.mmlu import load_mmlu
     from eval.report import write_report
     from eval.runner import evaluate
     from trainers.data.records import load_attack_documents, load_forget_retain
     from trainers.distributed import Rank
-    from trainers.modeling import load_model, load_tokenizer
+    from trainers.modeling import context_length, load_adapted_model, load_model_config, load_tokenizer
 
     quiet_libraries()
+    check_output_file(out)
+    base, checkpoint = locate_model(model)
     config = EvalConfig(official=official, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}))
     records = load_forget_retain(data)
     attack = load_attack_documents(mia) if mia else None
-    questions = load_mmlu(mmlu) if mmlu else None
-    loaded = load_model(model, dtype=config.dtype, device=Rank().device)
+    questions = load_mmlu(mmlu.expanduser()) if mmlu else None
+    context = context_length(load_model_config(base))
+    tokenizer = load_tokenizer(base)
+    check_fit(
+        tokenizer=tokenizer,
+        context=context,
+        rows=(*records.forget, *records.retain),
+        attack=(attack,) if attack else (),
+        mmlu=(questions,) if questions else (),
+        max_prompt_tokens=config.mmlu_max_prompt_tokens,
+    )
     report = evaluate(
-        model=loaded,
-        tokenizer=load_tokenizer(model),
+        model=load_adapted_model(base, checkpoint, dtype=config.dtype, device=Rank().device),
+        tokenizer=tokenizer,
         data=records,
         attack=attack,
         mmlu=questions,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ def start_ray(*, cpus: int) -> dict[str, float]:
         SetupError: if neither works.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Tune's own handler ends the trials on Ctrl-C and returns as if they had finished; the run must stop instead.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
@@ -65,6 +66,12 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
+def waiting_tasks(specs: Sequence[TrialSpec], *, run: Path) -> list[TrialTask]:
+    """The trials that have not ended yet, failed ones among them."""
+    tasks = [TrialTask(run=str(Path(run).resolve()), name=spec.name) for spec in specs]
+    return [task for task in tasks if read_status(task.folder)["state"] not in ENDED]
+
+
 def run_sweep_trials(
     specs: Sequence[TrialSpec], *, run: Path, config: ExperimentConfig, plan: ResourcePlan, console: Console, events: EventLog
 ) -> None:
@@ -74,19 +81,19 @@ def run_sweep_trials(
     """
     from ray import tune
 
-    tasks = [TrialTask(run=str(Path(run).resolve()), name=spec.name) for spec in specs]
-    waiting = [task for task in tasks if read_status(task.folder)["state"] not in ENDED]
+    waiting = waiting_tasks(specs, run=run)
     if not waiting:
         return
-    # Tune's own records are of no use later: a trial's state lies in its folder.
-    scratch = Path(tempfile.mkdtemp(prefix="unlearn-tune-"))
+    # Tune's own records are of no use later: a trial's state lies in its folder. A sweep that was killed has left them behind.
+    scratch = Path(run).resolve() / ".tune"
+    shutil.rmtree(scratch, ignore_errors=True)
     reporter = _Reporter(
         {spec.name: spec for spec in specs},
         run=run,
         console=console,
         events=events,
         concurrency=plan.concurrent,
-        done=len(tasks) - len(waiting),
+        done=len(specs) - len(waiting),
         waiting=[task.name for task in waiting],
     )
     trainable = tune.with_resources(_tune_trial, tune.PlacementGroupFactory(plan.bundles, strategy="PACK"))
@@ -125,29 +132,40 @@ def _tune_trial(config: dict[str, Any]) -> None:
 
     task = TrialTask(**config["task"])
     last_report = 0.0
+    metrics_stream: Iterator[dict[str, Any]]
     if config["ranks"] == 1:
         metrics_stream = _solo(task, stall_s=config["stall_s"])
     else:
         from launcher.gang import run_gang
 
         metrics_stream = run_gang(task, ranks=config["ranks"], stall_s=config["stall_s"])
-    for metrics in metrics_stream:
-        if time.monotonic() - last_report >= REPORT_EVERY_S:
-            last_report = time.monotonic()
-            tune.report({"step": metrics["step"], "loss": metrics["loss"]})
+    try:
+        for metrics in metrics_stream:
+            if time.monotonic() - last_report >= REPORT_EVERY_S:
+                last_report = time.monotonic()
+                tune.report({"step": metrics["step"], "loss": metrics["loss"]})
+    except Exception as error:
+        if read_status(task.folder)["state"] in ("running", "pending"):
+            write_status(task.folder, state="failed", error=str(error), ended=time.time())
+        raise
     tune.report({"step": read_status(task.folder).get("step") or 0, "state": read_status(task.folder)["state"]})
 
 
-def _solo(task: TrialTask, *, stall_s: float) -> Any:
+def _solo(task: TrialTask, *, stall_s: float) -> Iterator[dict[str, Any]]:
     from launcher.watchdog import Watchdog
+
+    def stalled() -> None:
+        write_status(task.folder, state="failed", error=f"no sign of life for {stall_s:g} s (sweep.stall_s)", ended=time.time())
 
     with capture_output(task.folder / "logs" / "rank-0.log"):
         quiet_libraries()
         set_threads(task)
-        with Watchdog(stall_s) as watchdog:
+        with Watchdog(stall_s, on_stall=stalled) as watchdog:
             for metrics in run_trial(task):
                 watchdog.alive()
                 yield metrics
+                if metrics.get("state") == "evaluating":
+                    watchdog.suspend()
 
 
 def set_threads(task: TrialTask) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config import ExperimentConfig
 from launcher.data import PreparedData, prepare_data
+from launcher.lock import hold
 from trainers.config import TrainConfig
 from trainers.errors import RunError, UserFacingError
 from trainers.files import read_json, write_json
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 PLAN = "sweep.json"
 ENDED = ("finished", "stopped")
 """States in which a trial has nothing left to do."""
+ORPHAN_S = 120.0
+"""Seconds to wait for a process that still computes the trial: the ranks of a sweep that was killed end within a minute."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,21 @@ def write_plan(run: Path, *, config: ExperimentConfig, trials: dict[str, dict[st
         run / PLAN,
         {
             "schema_version": 1,
-            "experiment": config.model_dump(mode="json"),
+            "experiment": _with_absolute_paths(config.model_dump(mode="json")),
             "trials": trials,
-            "target": str(target),
+            "target": str(target.resolve()),
             "target_hash": target_hash,
         },
     )
+
+
+def _with_absolute_paths(experiment: dict[str, Any]) -> dict[str, Any]:
+    """A trial's process has a working folder of its own. What is not a path here (a hub id) stays as it is."""
+    data = dict(experiment["data"])
+    for key in ("path", "forget", "retain", "mia", "mmlu"):
+        if data[key] is not None and Path(data[key]).exists():
+            data[key] = str(Path(data[key]).resolve())
+    return experiment | {"data": data}
 
 
 @lru_cache(maxsize=2)
@@ -90,19 +103,38 @@ def write_status(folder: Path, **changes: Any) -> dict[str, Any]:
     return status
 
 
+def settled(status: Mapping[str, Any]) -> bool:
+    """Whether starting the trial again within the same sweep would change nothing."""
+    return status["state"] in ENDED or (status["state"] == "failed" and status.get("retry") is False)
+
+
+def fail_for_good(folder: Path, *, error: UserFacingError) -> None:
+    """Record a failure that starting the trial again would repeat."""
+    write_status(folder, state="failed", error=str(error), ended=time.time(), retry=False)
+
+
 def run_trial(task: TrialTask, *, rank: Rank | None = None) -> Iterator[dict[str, Any]]:
     """Run or resume one trial on one rank, yielding its metrics; rank 0 evaluates at the end and writes the files.
 
-    A loss that is not finite ends the trial as ``stopped``; bad input ends it as ``failed``. Neither is raised, because starting the
-    trial again would change nothing. Everything else is recorded as ``failed`` and raised.
+    Before it evaluates, which no other rank takes part in and which may take long, rank 0 yields its last metrics once more, with
+    ``"state": "evaluating"``.
+
+    A loss that is not finite ends the trial as ``stopped``; bad input ends it as ``failed``. Neither is raised on rank 0, because starting
+    the trial again would change nothing. Everything else is recorded as ``failed`` and raised; other ranks record nothing and raise all.
     """
     from trainers.distributed import Rank
-    from trainers.loop import DivergedError, train_worker
 
     rank = rank or Rank()
+    # A sweep that was killed may have left a process behind that lives on for some seconds.
+    with hold(task.folder / ".lock", wait_s=ORPHAN_S) if rank.rank == 0 else nullcontext():
+        if rank.rank > 0 or read_status(task.folder)["state"] not in ENDED:
+            yield from _run_trial(task, rank=rank)
+
+
+def _run_trial(task: TrialTask, *, rank: Rank) -> Iterator[dict[str, Any]]:
+    from trainers.loop import DivergedError, train_worker
+
     leads = rank.rank == 0
-    config, plan, data = load_plan(task.run)
-    train = TrainConfig.model_validate(plan["trials"][task.name]["train"])
     started = time.time()
     before = float(read_status(task.folder).get("seconds") or 0.0)
 
@@ -110,23 +142,30 @@ def run_trial(task: TrialTask, *, rank: Rank | None = None) -> Iterator[dict[str
         if leads:
             write_status(task.folder, seconds=round(before + time.time() - started, 2), **changes)
 
-    note(name=task.name, state="running", error=None, started=started, ended=None)
+    note(name=task.name, state="running", error=None, started=started, ended=None, retry=None)
+    metrics: dict[str, Any] = {}
     try:
+        config, plan, data = load_plan(task.run)
+        train = TrainConfig.model_validate(plan["trials"][task.name]["train"])
         inputs = trial_inputs(run=Path(task.run), data=data, target=Path(plan["target"]), target_hash=plan["target_hash"])
         for metrics in train_worker(train=train, inputs=inputs, trial=task.folder, rank=rank):
             if "signals" in metrics or metrics["step"] == metrics["num_steps"]:
                 note(step=metrics["step"], num_steps=metrics["num_steps"])
             yield metrics
             limit = config.sweep.trial_timeout_s
-            if limit is not None and time.time() - started > limit:
+            if leads and limit is not None and time.time() - started > limit:
                 raise RunError(f"the trial ran for more than {limit:g} s", where="sweep.trial_timeout_s", fix="raise it, or train less")
         if leads:
+            yield {name: value for name, value in metrics.items() if name != "signals"} | {"state": "evaluating"}
             _evaluate_trial(task, config=config, data=data, target=Path(plan["target"]), device=rank.device)
             note(state="finished", ended=time.time())
     except DivergedError as error:
         note(state="stopped", error=error.what, ended=time.time())
     except UserFacingError as error:
-        note(state="failed", error=str(error), ended=time.time(), retry=False)
+        if not leads:
+            raise
+        note()
+        fail_for_good(task.folder, error=error)
     except Exception as error:
         note(state="failed", error=f"{type(error).__name__}: {error}", ended=time.time())
         raise

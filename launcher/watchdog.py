@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 log = logging.getLogger(__name__)
@@ -18,16 +20,24 @@ class Watchdog:
     """Within the block, ``alive`` must be called at least every ``stall_s`` seconds, or the process exits with code 75.
 
     The stack of every thread is printed before, so that the log tells where it hung.
+
+    Args:
+        stall_s: seconds without a sign of life.
+        on_stall: called before the process ends, to leave a record.
     """
 
-    def __init__(self, stall_s: float) -> None:
-        self.stall_s = stall_s
-        self._last = time.monotonic()
+    def __init__(self, stall_s: float, *, on_stall: Callable[[], object] | None = None) -> None:
+        self.stall_s, self.on_stall = stall_s, on_stall
+        self._deadline = time.monotonic() + stall_s
         self._stop = threading.Event()
 
     def alive(self) -> None:
         """A sign of life."""
-        self._last = time.monotonic()
+        self._deadline = time.monotonic() + self.stall_s
+
+    def suspend(self) -> None:
+        """No sign of life is expected until the next one: what follows may take long, and cannot hang."""
+        self._deadline = math.inf
 
     def __enter__(self) -> Watchdog:
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -38,7 +48,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.stall_s / 4)):
-            if time.monotonic() - self._last > self.stall_s:
-                log.error("no sign of life for %g s (sweep.stall_s): ending this process", self.stall_s)
-                faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
-                os._exit(EXIT_CODE)
+            if time.monotonic() > self._deadline:
+                try:
+                    log.error("no sign of life for %g s (sweep.stall_s): ending this process", self.stall_s)
+                    faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+                    if self.on_stall is not None:
+                        self.on_stall()
+                finally:
+                    os._exit(EXIT_CODE)

@@ -72,6 +72,9 @@ def open_adapter(folder: Path, *, base: TensorStore, trial: str, tied: frozenset
         module, factor, embedding = _parse_key(key, trial=trial, folder=folder)
         if factor is None:
             full[module] = key
+        elif len(store.tensors[key].shape) != 2:
+            shape = list(store.tensors[key].shape)
+            raise InputError(f"factor {key} has the shape {shape}, not one of two dimensions", where=f"trial {trial}, {folder}")
         else:
             pairs.setdefault((module, embedding), {})[factor] = key
     factors: dict[str, Factors] = {}
@@ -101,6 +104,9 @@ def _check_settings(config: Any, *, where: str) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise InputError(f"peft_type = {kind!r} cannot be merged", where=where, fix="merge LoRA adapters or full checkpoints")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)):
+            raise InputError(f"{key} = {config.get(key)!r} is not a number", where=where, fix="write it as the adapter was trained")
     for key, value in sorted(config.items()):
         if key not in NEUTRAL and value:
             raise InputError(

@@ -15,7 +15,8 @@ from merging.config import MergeConfig
 from merging.task_vectors import TaskVector, open_task_vector, weights_hash
 from merging.tensor_store import INDEX, TensorStore, header_hash, open_base, rewrite_shards, tensor_bytes
 from trainers.errors import InputError, RunError, SetupError
-from trainers.files import atomic_folder, read_json, sha256_file, write_json
+from trainers.files import atomic_folder, check_writable, read_json, sha256_file, write_json
+from trainers.modeling import check_model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,7 @@ def merge_checkpoint(
     started = time.monotonic()
     base, out = Path(base), Path(out)
     _check_request(base=base, trials=trials, out=out, config=config)
-    store = open_base(base)
+    store = open_base(check_model_folder(base))
     vectors = [open_task_vector(base=base, trial=trial) for trial in trials]
     _check_out_apart(out, inputs=[base, *(vector.folder for vector in vectors)])
     copied = [file for file in sorted(base.iterdir()) if _is_copied(file)]
@@ -185,6 +186,7 @@ def _check_request(*, base: Path, trials: Sequence[Path], out: Path, config: Mer
             fix="name a new folder, or empty this one",
         )
     _check_out_apart(out, inputs=[base, *map(Path, trials)])
+    check_writable(out)
 
 
 def _check_out_apart(out: Path, *, inputs: Sequence[Path]) -> None:

@@ -125,7 +125,7 @@ class PairSearchResult:
     contestants: tuple[Contestant, ...]
     metric: str
     winner: Contestant | None
-    """The best live contestant of all: a merge, the control, or a trial; null if none is alive."""
+    """The best live merge or trial; null if none is alive."""
     best_merge: Contestant | None
     """The best merge measured in full, winner or not; null without a pair."""
     best_parent: Contestant | None
@@ -155,6 +155,11 @@ class PairSearchResult:
         verb = "beats" if self.merge_beats_parents else "does not beat"
         numbers = f"{self.best_merge.value(self.metric):.3f} against {self.best_parent.value(self.metric):.3f} ({self.metric}, validation)"
         text = f"The merge {self.best_merge.name} {verb} its better parent {self.best_parent.name}: {numbers}."
+        ahead = [entry.name for entry in self.contestants if entry.role == "control" and better(entry, self.best_merge, metric=self.metric)]
+        if ahead:
+            text += f" The {ahead[0]} control is ahead of it."
+        if self.best_merge.gate:
+            text += f" It fails a gate: {self.best_merge.gate}."
         if self.winner is None:
             return text + " Nothing is alive."
         return text if self.winner is self.best_merge else f"{text} Winner: {self.winner.role} {self.winner.name}."

@@ -48,7 +48,7 @@ def search_pairs(
     2. Every density at scale 1, measured cheaply.
     3. The scale of the most promising points is moved until the AUC meets 0.5.
     4. The best points, of different pairs where possible, are measured in full, then the linear control of the best one's pair.
-    5. Merges, controls and all live trials are ranked together. Without a pair, the trials alone.
+    5. Merges, controls and all live trials are ranked together; the best merge or trial wins. Without a pair, the trials alone.
 
     A measurement that raises InputError or RunError is kept as a failed point with its reason. Keys are hashes of the parents' contents and
     the merge's configuration, so a resumed search measures nothing twice.
@@ -85,7 +85,8 @@ def search_pairs(
     parents = [entry for entry in ranking.contestants if entry.role == "trial" and (not best_merge or entry.name in best_merge.parents)]
     best_parent = parents[0] if parents else None
     beats = better(best_merge, best_parent, metric=ranking.metric) if best_merge else None
-    winner = next((entry for entry in ranking.contestants if entry.alive), None)
+    # The controls are there to be compared with, not to be handed out.
+    winner = next((entry for entry in ranking.contestants if entry.alive and entry.role != "control"), None)
     result = PairSearchResult(
         candidates=tuple(candidates),
         sides=sides,

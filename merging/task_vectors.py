@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merging.adapters import Adapter, deciding_settings, open_adapter
 from merging.tensor_store import MERGEABLE, TensorStore, open_base
 from trainers.errors import InputError
-from trainers.files import read_json, sha256_folder, sha256_json
+from trainers.files import read_json, sha256_file, sha256_folder, sha256_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def open_task_vector(*, base: Path, trial: Path, name: str | None = None) -> Tas
     """
     base, folder = Path(base), resolve_checkpoint(trial)
     name, store = name or trial_name(folder), open_base(base)
-    _check_target_hash(folder, base=base, trial=name)
+    _check_manifest(folder, base=base, trial=name)
     tied = _tied_names(base)
     if (folder / "adapter_config.json").exists():
         return _open_lora(folder, store=store, trial=name, tied=tied)
@@ -83,9 +83,17 @@ def resolve_checkpoint(trial: Path) -> Path:
     """
     trial = Path(trial)
     if not trial.is_dir():
-        raise InputError("trial folder not found", where=str(trial), fix="give a trial folder or one of its checkpoints")
+        what = "a file where a trial folder is expected" if trial.exists() else "trial folder not found"
+        raise InputError(what, where=str(trial), fix="give a trial folder or one of its checkpoints")
     if _has_weights(trial):
         return trial
+    runs = sorted(folder for folder in (trial / "trials").glob("*") if folder.is_dir())
+    if len(runs) == 1:  # what `unlearn train` writes: a run of one trial
+        return resolve_checkpoint(runs[0])
+    if runs:
+        raise InputError(
+            f"a run of {len(runs)} trials where one trial is expected", where=str(trial), fix=f"give one of them, such as {runs[0]}"
+        )
     found = [folder for folder in (trial / "checkpoints").glob("*") if (folder / "manifest.json").exists() and _has_weights(folder)]
     if not found:
         raise InputError(
@@ -144,16 +152,29 @@ def _step(folder: Path) -> int:
     return int(digits) if digits else -1
 
 
-def _check_target_hash(folder: Path, *, base: Path, trial: str) -> None:
-    if not (folder / "manifest.json").exists():
+def _check_manifest(folder: Path, *, base: Path, trial: str) -> None:
+    """A checkpoint must belong to the base, and hold the bytes that were written."""
+    path = folder / "manifest.json"
+    if not path.exists():
         return
-    recorded = read_json(folder / "manifest.json").get("target_hash")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict):
+        raise InputError("the checkpoint's manifest is not an object", where=f"trial {trial}, {path}", fix="take another checkpoint")
+    recorded = manifest.get("target_hash")
     if recorded and recorded != weights_hash(base):
         raise InputError(
             "the trial was trained from another target",
-            where=f"trial {trial}, {folder / 'manifest.json'}: target_hash = {recorded[:12]}…",
+            where=f"trial {trial}, {path}: target_hash = {recorded[:12]}…",
             why=f"the weights of {base} have the hash {weights_hash(base)[:12]}…, so trial minus base is not what the trial learned",
             fix="give --base the model that the trial started from",
+        )
+    name, digest = manifest.get("weights_file"), manifest.get("weights_sha256")
+    if name and digest and (folder / name).exists() and sha256_file(folder / name) != digest:
+        raise InputError(
+            "the checkpoint's weights are not those that were written",
+            where=f"trial {trial}, {folder / name}",
+            why="their SHA-256 differs from the one in manifest.json: the file was cut off or changed",
+            fix="copy the checkpoint again, or take an earlier one of the trial",
         )
 
 

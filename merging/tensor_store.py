@@ -29,6 +29,7 @@ MERGEABLE = ("F32", "F16", "BF16")
 """Stored dtypes that a task vector may change: float32 arithmetic loses nothing on them."""
 BLOCK = 1 << 24
 MAX_HEADER = 100_000_000
+COPY_AGAIN = "copy the file again, or write it again"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -167,14 +168,20 @@ def _read_header(path: Path) -> list[StoredTensor]:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > MAX_HEADER or 8 + length > size:
-                raise InputError("not a complete safetensors file", where=str(path), why=f"{size} bytes, header of {length} bytes")
+                raise InputError(
+                    "not a complete safetensors file", where=str(path), why=f"{size} bytes, header of {length} bytes", fix=COPY_AGAIN
+                )
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise InputError("weights file not found", where=str(path)) from None
+        raise InputError("weights file not found", where=str(path), fix="copy it into the folder, or name another folder") from None
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError("not a safetensors file: its header is not JSON", where=str(path)) from None
+        raise InputError("not a safetensors file: its header is not JSON", where=str(path), fix=COPY_AGAIN) from None
+    except OSError as error:
+        raise InputError(f"the weights cannot be read: {error.strerror}", where=str(path), fix="check the file's permissions") from None
+    if not isinstance(header, dict):
+        raise InputError("not a safetensors file: its header is not an object", where=str(path), fix=COPY_AGAIN)
     tensors = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -196,7 +203,10 @@ def _read_header(path: Path) -> list[StoredTensor]:
         position = tensor.end
     if position != size:
         raise InputError(
-            f"the file has {size} bytes, but its header describes {position}", where=str(path), why="it was written incompletely"
+            f"the file has {size} bytes, but its header describes {position}",
+            where=str(path),
+            why="it was written or copied incompletely",
+            fix=COPY_AGAIN,
         )
     return tensors
 

@@ -15,6 +15,8 @@ MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+SPREADING_KEYS = ("engine.name", "engine.zero_stage", "engine.ranks", "per_device_train_batch_size")
+"""Settings that may change when a trial resumes. The dtype may not: it changes every number."""
 _STEP = re.compile(r"step-(\d+)$")
 
 
@@ -120,7 +122,7 @@ def load_checkpoint(folder: Path, *, train: TrainConfig, target_hash: str) -> Tr
         )
     changed = changed_keys(manifest["train"], train.model_dump(mode="json"))
     # How a trial is spread over processes does not change what it computes.
-    changed = [key for key in changed if not key.startswith(("engine.", "per_device_train_batch_size"))]
+    changed = [key for key in changed if key not in SPREADING_KEYS]
     if changed:
         raise InputError(
             f"the checkpoint was made with another configuration: {', '.join(changed)}", where=str(folder), fix="use a new run folder"

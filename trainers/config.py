@@ -85,6 +85,11 @@ class TrainConfig(Frozen):
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of the optimizer steps")
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm above which the gradient is scaled down")
+    forget_scope: Literal["answer", "document"] = Field(
+        "answer",
+        description="tokens of a forget completion that the forget term reads: its answer, or the whole document, which is what the "
+        "membership attack reads",
+    )
     max_length: int | None = Field(None, ge=8, description="tokens per row; null takes the model's context")
     seed: int = Field(42, ge=0)
     checkpoints: int = Field(2, ge=1, description="resumable checkpoints written, evenly spaced, the last at the end")

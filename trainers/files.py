@@ -24,6 +24,38 @@ def _fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before any work is done for it.
+
+    Raises:
+        InputError: if the folder, or the nearest one above it that exists, is a file or may not be written to.
+    """
+    place = Path(folder).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise InputError("a file stands where a folder is needed", where=str(place), fix="name another folder, or move the file away")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            "the folder cannot be written to",
+            where=str(place),
+            why="this user has no permission, or its file system is read-only",
+            fix="name another folder, or change the permissions of this one",
+        )
+
+
+def check_output_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before any work is done for it.
+
+    Raises:
+        InputError: if it is a folder, or cannot be made where it is.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError("a folder where a file is to be written", where=str(path), fix=f"name a file, such as {path / 'eval.json'}")
+    check_writable(path.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: temporary name in the same folder, fsync, rename."""
     path = Path(path)
@@ -76,7 +108,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError("file not found", where=str(path)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"not a JSON file: {error}", where=str(path)) from None
+        raise InputError(f"not a JSON file: {error}", where=str(path), fix="correct it, or write it again") from None
+    except OSError as error:
+        raise InputError(f"the file cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from None
 
 
 def append_jsonl(path: Path, value: Any) -> None:

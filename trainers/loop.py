@@ -16,14 +16,14 @@ from torch import Tensor
 from trainers.checkpoint import finished_checkpoints, load_checkpoint, save_checkpoint
 from trainers.config import TrainConfig
 from trainers.data.batches import Batch, MicroBatch, StepPlan, collate, plan_steps, split_step
-from trainers.data.encode import EncodedRow, encode_records, encode_text
-from trainers.data.types import AttackDocuments, ForgetRetain
+from trainers.data.encode import EncodedRow, encode_records, encode_text, whole_document
+from trainers.data.types import AttackDocuments, ForgetRetain, Kind
 from trainers.distributed import Rank, start_process_group, stop_process_group
 from trainers.engine.base import Engine
 from trainers.engine.local import LocalEngine
 from trainers.errors import RunError
 from trainers.files import append_jsonl, read_jsonl, write_text
-from trainers.modeling import add_lora, context_length, load_model, load_tokenizer
+from trainers.modeling import add_lora, context_length, load_model, load_model_config, load_tokenizer
 from trainers.objectives.log_probs import token_log_probs
 from trainers.objectives.table import objective_terms, resolve_weights
 from trainers.objectives.terms import Scored, StepCounts, step_loss
@@ -73,10 +73,8 @@ class EncodedTrial:
 
 def encode_trial(inputs: TrialInputs, *, train: TrainConfig) -> EncodedTrial:
     """Encode every row of a trial; a row longer than the context is an InputError before anything is computed."""
-    from transformers import AutoConfig
-
     tokenizer = load_tokenizer(inputs.target)
-    context = context_length(AutoConfig.from_pretrained(str(inputs.target), local_files_only=True))
+    context = context_length(load_model_config(inputs.target))
     length = min(train.max_length or context, context)
 
     def encode(records: Sequence[Any]) -> list[EncodedRow]:
@@ -86,7 +84,11 @@ def encode_trial(inputs: TrialInputs, *, train: TrainConfig) -> EncodedTrial:
         return [encode_text(document.text, tokenizer=tokenizer) for document in getattr(inputs.attack, side)] if inputs.attack else []
 
     signals = SignalRows(encode(inputs.validation.forget), encode(inputs.validation.retain), documents("members"), documents("nonmembers"))
-    return EncodedTrial(encode(inputs.train.forget), encode(inputs.train.retain), signals, int(tokenizer.pad_token_id))
+    forget = encode(inputs.train.forget)
+    if train.forget_scope == "document":
+        kinds = [record.kind for record in inputs.train.forget]
+        forget = [whole_document(row) if kind is Kind.COMPLETION else row for row, kind in zip(forget, kinds, strict=True)]
+    return EncodedTrial(forget, encode(inputs.train.retain), signals, int(tokenizer.pad_token_id))
 
 
 def build_model(inputs: TrialInputs, *, train: TrainConfig) -> ScoringModel:

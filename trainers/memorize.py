@@ -13,7 +13,7 @@ from pydantic import Field
 
 from trainers.config import Frozen
 from trainers.data.types import ForgetRetain, Kind
-from trainers.errors import RunError
+from trainers.errors import InputError, RunError
 from trainers.files import atomic_folder, read_json, sha256_folder, sha256_json, write_json
 from trainers.tiny import TinyOlmoConfig
 
@@ -76,8 +76,14 @@ class Memorised:
 def memorize_key(
     config: MemorizeConfig, *, data: ForgetRetain, general: Sequence[QuestionGroup], tokenizer_texts: Sequence[str] = ()
 ) -> str:
-    """Hash of everything that determines the target: configuration, base weights, rows, questions and the tokenizer's texts."""
-    base = sha256_folder(Path(config.base)) if config.base else None
+    """Hash of everything that determines the target: configuration, base weights, rows, questions and the tokenizer's texts.
+
+    Raises:
+        InputError: if the base is no model folder.
+    """
+    from trainers.modeling import check_model_folder
+
+    base = sha256_folder(check_model_folder(config.base)) if config.base else None
     rows = [[asdict(record) for record in side] for side in (data.forget, data.retain)]
     return sha256_json(
         {
@@ -153,23 +159,59 @@ def memorize(
     return manifest
 
 
+def target_tokenizer(
+    config: MemorizeConfig, *, data: ForgetRetain, general: Sequence[QuestionGroup], tokenizer_texts: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that the target will have: the base's, or one trained on the texts at hand.
+
+    Raises:
+        InputError: if the base's cannot be read.
+    """
+    from trainers.modeling import check_model_folder, load_tokenizer
+    from trainers.tiny import train_tokenizer
+
+    if config.base:
+        return load_tokenizer(check_model_folder(config.base))
+    texts = [record.text for record in (*data.forget, *data.retain)]
+    texts += [group.header + prompt + answer for group in general for prompt, answer in group.questions]
+    return train_tokenizer([*texts, *tokenizer_texts], vocab_size=config.tiny.vocab_size)
+
+
+def check_questions(general: Sequence[QuestionGroup], *, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    """Refuse questions that do not fit into the context whichever of their subject's are packed with them.
+
+    Raises:
+        InputError: naming the subject.
+    """
+    for group in general:
+        texts = [group.header, *(f"{prompt}{answer}\n\n" for prompt, answer in group.questions)]
+        header, *lengths = (len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+        longest = sorted(lengths, reverse=True)[:QUESTIONS_PER_ROW]
+        # The last row is filled up with questions that it already has.
+        total = header + sum(longest) + (QUESTIONS_PER_ROW - len(longest)) * longest[0]
+        if total > context:
+            raise _too_long(total, header=group.header, context=context)
+
+
+def _too_long(num_tokens: int, *, header: str, context: int) -> InputError:
+    return InputError(
+        f"a general-knowledge prompt of {QUESTIONS_PER_ROW} questions has {num_tokens} tokens, but the model's context is {context}",
+        where=header.strip(),
+        fix="choose shorter questions (data.mmlu_questions with data.mmlu_max_words), or a longer context",
+    )
+
+
 def _build(
     config: MemorizeConfig, *, data: ForgetRetain, general: Sequence[QuestionGroup], tokenizer_texts: Sequence[str]
 ) -> tuple[PreTrainedTokenizerBase, Engine]:
     from trainers.distributed import Rank
     from trainers.engine.local import LocalEngine
-    from trainers.modeling import load_model, load_tokenizer
+    from trainers.modeling import load_model
     from trainers.scoring import ScoringModel
-    from trainers.tiny import build_tiny_olmo, train_tokenizer
+    from trainers.tiny import build_tiny_olmo
 
-    if config.base:
-        tokenizer = load_tokenizer(config.base)
-        model = load_model(config.base)
-    else:
-        texts = [record.text for record in (*data.forget, *data.retain)]
-        texts += [group.header + prompt + answer for group in general for prompt, answer in group.questions]
-        tokenizer = train_tokenizer([*texts, *tokenizer_texts], vocab_size=config.tiny.vocab_size)
-        model = build_tiny_olmo(config.tiny, tokenizer=tokenizer, seed=config.seed)
+    tokenizer = target_tokenizer(config, data=data, general=general, tokenizer_texts=tokenizer_texts)
+    model = load_model(config.base) if config.base else build_tiny_olmo(config.tiny, tokenizer=tokenizer, seed=config.seed)
     engine = LocalEngine(ScoringModel(model.requires_grad_(True)), weight_decay=0.0, max_grad_norm=1.0, device=Rank().device)
     return tokenizer, engine
 
@@ -215,7 +257,6 @@ class _Rows:
 
     def _pack(self, group: QuestionGroup, questions: Sequence[tuple[str, str]]) -> PackedRow:
         from trainers.data.encode import PackedRow
-        from trainers.errors import InputError
 
         text, spans = group.header, []
         for prompt, answer in questions:
@@ -230,11 +271,7 @@ class _Rows:
         )
         ids = tuple(encoded["input_ids"])
         if len(ids) > self.context:
-            raise InputError(
-                f"a general-knowledge prompt has {len(ids)} tokens, but the model's context is {self.context}",
-                where=group.header.strip(),
-                fix="choose shorter questions, fewer shots or a longer context",
-            )
+            raise _too_long(len(ids), header=group.header, context=self.context)
         return PackedRow(row_id=group.header, input_ids=ids, scored=scored)
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_FACTOR_NAMES = (".lora_A.default.weight", ".lora_B.default.weight")
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a configuration word."""
@@ -26,19 +28,50 @@ def check_model_folder(path: Path | str) -> Path:
     Raises:
         InputError: if it is missing, or holds no configuration, weights or tokenizer.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise InputError("model folder not found", where=str(folder), fix="give a folder in Hugging Face layout")
+        what = "a file where a model folder is expected" if folder.exists() else "model folder not found"
+        raise InputError(what, where=str(folder), fix="give a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json")
     names = {file.name for file in folder.iterdir()}
     if "config.json" not in names:
-        raise InputError("no config.json in the model folder", where=str(folder), why=f"found: {', '.join(sorted(names)) or 'nothing'}")
+        raise InputError(
+            "no config.json in the model folder",
+            where=str(folder),
+            why=f"found: {', '.join(sorted(names)[:12]) or 'nothing'}",
+            fix="give a folder that save_pretrained wrote",
+        )
     if not any(name.endswith(".safetensors") for name in names):
         raise InputError(
-            "no .safetensors weights in the model folder", where=str(folder), fix="convert pickled weights to safetensors first"
+            "no .safetensors weights in the model folder",
+            where=str(folder),
+            why="pickled weights can run code when they are read, so they are not" if _pickled(names) else None,
+            fix="convert pickled weights to safetensors first" if _pickled(names) else "copy the weights into the folder",
         )
     if "tokenizer.json" not in names and "tokenizer_config.json" not in names:
         raise InputError("no tokenizer in the model folder", where=str(folder), fix="save the tokenizer beside the weights")
     return folder
+
+
+def _pickled(names: set[str]) -> bool:
+    return any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
+
+
+def load_model_config(path: Path | str) -> Any:
+    """The configuration of a local model folder.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:
+        raise InputError(
+            f"the model's configuration cannot be read: {_first_line(error)}",
+            where=str(Path(path) / "config.json"),
+            fix="copy the file again; its model_type must be known to transformers",
+        ) from error
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
@@ -52,7 +85,9 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
-        raise InputError(f"the tokenizer cannot be read: {_first_line(error)}", where=str(path)) from error
+        raise InputError(
+            f"the tokenizer cannot be read: {_first_line(error)}", where=str(path), fix="copy the tokenizer's files into the folder again"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end token", where=str(path), fix="set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -64,20 +99,32 @@ def load_model(path: Path | str, *, dtype: str = "float32", device: str = "cpu")
     """A causal language model of a local folder, in evaluation mode.
 
     Raises:
-        InputError: if the folder does not hold a readable checkpoint.
+        InputError: if the folder does not hold a readable and complete checkpoint.
     """
     from transformers import AutoModelForCausalLM
 
     folder = check_model_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch_dtype(dtype), local_files_only=True)
+        # The stub knows neither the pair that is returned nor the devices of `to`.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch_dtype(dtype), local_files_only=True, output_loading_info=True
+        )
     except Exception as error:
         raise InputError(
             f"the checkpoint cannot be read: {_first_line(error)}",
             where=str(folder),
             fix="check that the folder was written completely and that its architecture is known to transformers",
         ) from error
-    return model.eval().to(device)  # type: ignore[arg-type]  # transformers' stub forgets devices
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would go on with random numbers in their place.
+        raise InputError(
+            f"the checkpoint lacks {len(missing)} of the model's tensors, the first is {missing[0]}",
+            where=str(folder),
+            fix="copy all of its .safetensors files, or correct config.json",
+        )
+    return model.eval().to(device)
 
 
 def context_length(model_config: Any) -> int:
@@ -89,7 +136,7 @@ def add_lora(model: PreTrainedModel, *, lora: LoraConfig, seed: int) -> Any:
     """Wrap a model in trainable float32 adapters whose initial values follow from the seed.
 
     Raises:
-        InputError: if a target module does not exist in the model.
+        InputError: if a target module does not exist in the model, or is not linear.
     """
     import torch
     from peft import LoraConfig as PeftLoraConfig
@@ -99,7 +146,7 @@ def add_lora(model: PreTrainedModel, *, lora: LoraConfig, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(
+            adapted = get_peft_model(
                 model,
                 PeftLoraConfig(
                     r=lora.r,
@@ -114,8 +161,17 @@ def add_lora(model: PreTrainedModel, *, lora: LoraConfig, seed: int) -> Any:
             raise InputError(
                 f"adapters cannot be added: {_first_line(error)}",
                 where=f"train.lora.target_modules = {lora.target_modules!r}",
-                fix="name linear modules of the model, for instance q_proj,v_proj, or all-linear",
+                fix="name linear modules of the model, for instance [q_proj, v_proj], or all-linear",
             ) from error
+    odd = [name for name, value in adapted.named_parameters() if value.requires_grad and not name.endswith(_FACTOR_NAMES)]
+    if odd:
+        raise InputError(
+            f"{odd[0].split('.lora_')[0]} is no linear module",
+            where=f"train.lora.target_modules = {lora.target_modules!r}",
+            why="checkpoints and merges know updates of the form B @ A only",
+            fix="name linear modules of the model, for instance [q_proj, v_proj], or all-linear",
+        )
+    return adapted
 
 
 def load_adapted_model(base: Path | str, checkpoint: Path | str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:

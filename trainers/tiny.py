@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainers.config import Frozen
 
@@ -22,6 +22,15 @@ class TinyOlmoConfig(Frozen):
     num_hidden_layers: int = Field(4, ge=1)
     num_attention_heads: int = Field(4, ge=1)
     max_position_embeddings: int = Field(1024, ge=16, description="context, tokens")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TinyOlmoConfig:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is no multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}: "
+                "rotary positions turn pairs of entries of a head"
+            )
+        return self
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:

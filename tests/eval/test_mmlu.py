@@ -82,10 +82,16 @@ def test_halves_are_disjoint_complete_and_even_per_subject():
     ids = {name: {q.id for q in half.questions} for name, half in halves.items()}
     assert not ids["validation"] & ids["test"]
     assert ids["validation"] | ids["test"] == {q.id for q in data.questions}
-    assert {s: len(q) for s, q in halves["validation"].test.items()} == {"a": 5, "b": 3}
-    assert {s: len(q) for s, q in halves["test"].test.items()} == {"a": 5, "b": 4, "c": 1}
+    assert {s: len(q) for s, q in halves["validation"].test.items()} == {"a": 5, "b": 3, "c": 1}
+    assert {s: len(q) for s, q in halves["test"].test.items()} == {"a": 5, "b": 4}
     assert split_mmlu(data, seed=3) == halves
     assert split_mmlu(data, seed=4) != halves
+
+
+def test_many_subjects_of_one_question_each_are_halved_too():
+    """The odd question of a subject goes to the half that has fewer so far."""
+    halves = split_mmlu(some({name: 1 for name in "abcdef"}), seed=0)
+    assert [len(halves[name].questions) for name in ("validation", "test")] == [3, 3]
 
 
 def test_a_subset_is_spread_over_the_subjects():

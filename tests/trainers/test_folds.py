@@ -297,7 +297,7 @@ def test_a_subset_prefers_members_so_that_the_attack_survives() -> None:
     attack = AttackDocuments(members=everything.members[:5], nonmembers=everything.nonmembers)
     prefer = frozenset(normalise_whitespace(member.text) for member in attack.members)
     part = subset_documents(data, documents_per_task=4, seed=0, prefer=prefer)
-    small = subset_attack(attack, data=part, seed=0)
+    assert (len(small.members), len(small.nonmembers)) == (4, min(16, len(everything.nonmembers)))
     assert (len(small.members), len(small.nonmembers)) == (4, 4)
     assert documents(part.forget, "Task3") == {member.id for member in small.members}
     with pytest.raises(InputError, match=r"only \d members of the membership attack remain(.|\n)*5 members were given"):
@@ -310,4 +310,4 @@ def test_a_subset_of_the_benchmark_can_be_attacked() -> None:
     part = subset_documents(data, documents_per_task=12, seed=0, prefer=prefer)
     assert (len(part.forget), len(part.retain)) == (120, 120)  # 12 * (2 + 6 + 2)
     small = subset_attack(attack, data=part, seed=0)
-    assert (len(small.members), len(small.nonmembers)) == (12, 12)
+    assert (len(small.members), len(small.nonmembers)) == (12, 48)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainers.data.encode import EncodedRow, PackedRow
+from trainers.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,12 @@ def plan_steps(*, num_forget: int, num_retain: int, batch_size: int, num_epochs:
         batch_size: (forget, retain) pairs per step over all ranks.
         num_epochs: passes over the forget set; a fraction ends within a pass.
         seed: order of both streams.
+
+    Raises:
+        InputError: if there is no forget row.
     """
+    if num_forget < 1:
+        raise InputError("the forget set is empty", why="an epoch is one pass over it", fix="give at least one forget row")
     steps_per_epoch = math.ceil(num_forget / batch_size)
     num_steps = max(1, round(num_epochs * steps_per_epoch))
     forget_stream = _stream(num_forget, seed=seed, side=_FORGET)

@@ -75,6 +75,11 @@ def encode_records(records: Sequence[Record], *, tokenizer: PreTrainedTokenizerB
     return [encode_record(record, tokenizer=tokenizer, max_length=max_length) for record in records]
 
 
+def whole_document(row: EncodedRow) -> EncodedRow:
+    """The same row with every token but the first scored: prompt and answer alike."""
+    return EncodedRow(row_id=row.row_id, input_ids=row.input_ids, num_prompt=1)
+
+
 def encode_text(text: str, *, tokenizer: PreTrainedTokenizerBase) -> EncodedRow:
     """A whole text with every token but the first scored, no end token: what the membership attack reads."""
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -79,6 +79,12 @@ def load_forget_retain(
     """
     if (path is None) == (forget is None and retain is None) or (path is None and (forget is None or retain is None)):
         raise InputError("the data is given twice or not at all", fix="give either one folder, or both a forget and a retain source")
+    if path is not None and Path(path).expanduser().is_file():
+        raise InputError(
+            "a file where a folder with both sets is expected",
+            where=str(path),
+            fix="give the folder that holds forget.jsonl and retain.jsonl, or the two files apart (data.forget and data.retain)",
+        )
     sources = {name: path if path is not None else source for name, source in zip(SETS, (forget, retain), strict=True)}
     sets = {name: load_records(source, columns=columns, set_name=name) for name, source in sources.items() if source is not None}
     retained = {record.id for record in sets["retain"]}

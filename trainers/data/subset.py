@@ -40,8 +40,12 @@ def _draw(records: Sequence[Record], *, number: int, seed: str, prefer: frozense
     return tuple(record for record in records if record.document in chosen)
 
 
+NONMEMBERS_PER_MEMBER = 4
+"""A small attack is steadied by more strangers, which cost a forward pass each and no training."""
+
+
 def subset_attack(attack: AttackDocuments, *, data: ForgetRetain, seed: int) -> AttackDocuments:
-    """The members whose text the forget set still holds, and as many non-members (all, if there are fewer), drawn by the seed.
+    """The members whose text the forget set still holds, and four times as many non-members (all, if there are fewer), drawn by the seed.
 
     Raises:
         InputError: if fewer than two members or non-members remain.
@@ -56,5 +60,5 @@ def subset_attack(attack: AttackDocuments, *, data: ForgetRetain, seed: int) -> 
                 fix="keep more documents per task, or give members that are documents of the forget set",
             )
     order = shuffled_positions(attack.nonmembers, seed=f"{seed}:nonmembers")
-    chosen = set(order[: len(members)])
+    chosen = set(order[: NONMEMBERS_PER_MEMBER * len(members)])
     return AttackDocuments(members=members, nonmembers=tuple(item for position, item in enumerate(attack.nonmembers) if position in chosen))

@@ -98,7 +98,8 @@ def read_table(path: Path, *, wanted: Iterable[str]) -> Table:
 def _not_found(path: Path) -> InputError:
     siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
-    return InputError("path not found", where=str(path), fix=f"did you mean {str(path.parent / near[0])!r}?" if near else None)
+    fix = f"did you mean {str(path.parent / near[0])!r}?" if near else "check the path; a relative one counts from the current folder"
+    return InputError("path not found", where=str(path), fix=fix)
 
 
 def _read_text(path: Path) -> str:
@@ -199,7 +200,9 @@ def _read_parquet(path: Path, *, wanted: Iterable[str]) -> Table:
     except UnicodeDecodeError as error:
         raise InputError(f"a text is not UTF-8: {error}", where=str(path), fix="write the columns as UTF-8 text") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"not a readable Parquet file: {str(error).splitlines()[0]}", where=str(path)) from None
+        raise InputError(
+            f"not a readable Parquet file: {str(error).splitlines()[0]}", where=str(path), fix="write the file again"
+        ) from None
     rows = tuple(Row(place=f"row {number}", values=value) for number, value in enumerate(values, start=1))
     return Table(source=str(path), columns=names, rows=rows)
 

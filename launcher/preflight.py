@@ -1,0 +1,110 @@
+"""What can be known before anything is computed: that every text fits the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.config import ExperimentConfig
+from launcher.data import PreparedData, question_groups, unseen_texts
+from trainers.config import TrainConfig
+from trainers.data.types import AttackDocuments
+from trainers.errors import InputError
+
+if TYPE_CHECKING:
+    from eval.mmlu import MmluData
+
+
+def check_texts(config: ExperimentConfig, *, data: PreparedData, trains: Sequence[TrainConfig]) -> None:
+    """Refuse rows, documents and questions that the target cannot take in.
+
+    Args:
+        config: names the target, or says how it is built.
+        data: everything that will be read.
+        trains: the trials; the shortest ``max_length`` of them counts.
+
+    Raises:
+        InputError: naming row, document or question.
+    """
+    from trainers.data.encode import encode_records
+    from trainers.loop import uses_retain
+    from trainers.memorize import check_questions
+
+    if not data.training.retain and any(uses_retain(train) for train in trains):
+        raise InputError(
+            "no retain row is left to train on",
+            where=f"data.rehearse = {list(config.data.rehearse)}",
+            why="the folds named there are empty, but the objective has retain terms",
+            fix="name another fold, or give those folds documents",
+        )
+    tokenizer, context = _target_tokenizer(config, data=data)
+    check_fit(
+        tokenizer=tokenizer,
+        context=context,
+        rows=(*data.everything.forget, *data.everything.retain),
+        attack=tuple((data.attack or {}).values()),
+        mmlu=tuple((data.mmlu or {}).values()),
+        max_prompt_tokens=config.eval.mmlu_max_prompt_tokens,
+    )
+    if config.model.model_name_or_path is None:
+        check_questions(question_groups(data.mmlu), tokenizer=tokenizer, context=context)
+    length = min([context, *(train.max_length for train in trains if train.max_length is not None)])
+    if length < context:
+        validation = data.folds["validation"]
+        rows = (*data.training.forget, *data.training.retain, *validation.forget, *validation.retain)
+        encode_records(rows, tokenizer=tokenizer, max_length=length)
+
+
+def _target_tokenizer(config: ExperimentConfig, *, data: PreparedData) -> tuple[Any, int]:
+    """The target's tokenizer and context, also of a target that is still to be built."""
+    from trainers.memorize import target_tokenizer
+    from trainers.modeling import check_model_folder, context_length, load_model_config, load_tokenizer
+
+    key, path = "model.model_name_or_path", config.model.model_name_or_path
+    if path is None:
+        assert config.target is not None, "checked by the configuration"
+        key, path = "target.base", config.target.base
+        if path is None:
+            tokenizer = target_tokenizer(
+                config.target, data=data.everything, general=question_groups(data.mmlu), tokenizer_texts=unseen_texts(data)
+            )
+            return tokenizer, config.target.tiny.max_position_embeddings
+    try:
+        folder = check_model_folder(path)
+    except InputError as error:
+        raise InputError(error.what, where=f"{error.where} ({key})", why=error.why, fix=error.fix) from None
+    context = context_length(load_model_config(folder))
+    return load_tokenizer(folder), context
+
+
+def check_fit(
+    *,
+    tokenizer: Any,
+    context: int,
+    rows: Sequence[Any],
+    attack: Sequence[AttackDocuments],
+    mmlu: Sequence[MmluData],
+    max_prompt_tokens: int,
+) -> None:
+    """Refuse what an evaluation cannot score with this tokenizer and context.
+
+    Raises:
+        InputError: naming row, document or question.
+    """
+    from eval.mmlu_accuracy import check_prompts
+    from eval.teacher_forced import encode_documents
+    from trainers.data.encode import encode_records
+
+    encode_records(rows, tokenizer=tokenizer, max_length=context)
+    for fold in attack:
+        documents = (*fold.members, *fold.nonmembers)
+        for document, row in zip(documents, encode_documents(documents, tokenizer=tokenizer, context=context), strict=True):
+            if row.num_scored < 1:
+                raise InputError(
+                    f"the document {document.text!r} is a single token",
+                    where=f"membership document {document.id!r}",
+                    why="the attack reads the loss of every token but the first",
+                    fix="give the whole document, or drop it",
+                )
+    for questions in mmlu:
+        check_prompts(questions, tokenizer=tokenizer, limit=min(max_prompt_tokens, context))

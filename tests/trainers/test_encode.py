@@ -1,0 +1,88 @@
+"""Text to token ids: what is read, what is scored, and which rows are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.tiny_trial import tiny_records
+from trainers.data.encode import EncodedRow, encode_prompt, encode_record, encode_records, encode_text, whole_document
+from trainers.data.types import Record
+from trainers.errors import InputError
+from trainers.tiny import train_tokenizer
+
+RECORD = Record("d0qa0", "Where does Ada live?", "in town 7", "Task1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([record.text for record in tiny_records("f", count=6)], vocab_size=320)
+
+
+def test_the_ids_of_a_prompt_are_a_prefix_of_its_row(tokenizer) -> None:
+    """So a greedy generation that repeats the answer produces exactly the scored ids."""
+    # Tokenised together, the two spaces around the seam would belong to one token.
+    seam = Record("e0qa0", "Ends with a space ", "and goes on", "Task1")
+    together = tokenizer(seam.text, add_special_tokens=False)["input_ids"]
+    assert together[: len(encode_prompt(tokenizer, seam.input))] != encode_prompt(tokenizer, seam.input), "negative control"
+    records = [*tiny_records("f", count=6), RECORD, seam]
+    for record in records:
+        row = encode_record(record, tokenizer=tokenizer, max_length=128)
+        prompt = encode_prompt(tokenizer, record.input)
+        assert list(row.input_ids[: row.num_prompt]) == prompt
+        assert row.row_id == record.id
+
+
+def test_the_answer_with_its_leading_space_and_the_end_token_are_scored(tokenizer) -> None:
+    row = encode_record(RECORD, tokenizer=tokenizer, max_length=128)
+    scored = [row.input_ids[index] for index in row.scored]
+    assert scored[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(scored[:-1]) == " in town 7"
+    assert tokenizer.decode(row.input_ids[: row.num_prompt]) == "Where does Ada live?"
+    assert row.num_scored == len(scored) == len(row.input_ids) - row.num_prompt
+
+
+def test_a_prompt_has_no_special_tokens(tokenizer) -> None:
+    ids = encode_prompt(tokenizer, "Where?")
+    assert tokenizer.decode(ids) == "Where?"
+    assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids)
+
+
+def test_a_row_longer_than_the_context_is_refused_by_name_and_not_cut(tokenizer) -> None:
+    length = len(encode_record(RECORD, tokenizer=tokenizer, max_length=128).input_ids)
+    assert len(encode_record(RECORD, tokenizer=tokenizer, max_length=length).input_ids) == length
+    with pytest.raises(InputError, match=rf"the row has {length} tokens, but the longest allowed is {length - 1}") as caught:
+        encode_record(RECORD, tokenizer=tokenizer, max_length=length - 1)
+    assert "'d0qa0'" in str(caught.value.where)
+    assert caught.value.exit_code == 2
+
+
+def test_the_first_bad_row_of_many_is_named(tokenizer) -> None:
+    good = tiny_records("f", count=1)
+    assert [row.row_id for row in encode_records(good, tokenizer=tokenizer, max_length=128)] == [record.id for record in good]
+    with pytest.raises(InputError, match="row 'f7qa0', field 'input'"):
+        encode_records([*good, Record("f7qa0", "", "an answer", "Task1")], tokenizer=tokenizer, max_length=128)
+
+
+def test_an_empty_answer_still_scores_the_end_token(tokenizer) -> None:
+    row = encode_record(Record("d0qa0", "Where?", "", "Task1"), tokenizer=tokenizer, max_length=128)
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+    assert row.num_scored >= 1
+
+
+def test_a_whole_text_is_scored_from_its_second_token_without_an_end_token(tokenizer) -> None:
+    row = encode_text("Ada lives in town 7", tokenizer=tokenizer)
+    assert tokenizer.decode(row.input_ids) == "Ada lives in town 7"
+    assert list(row.scored) == list(range(1, len(row.input_ids)))
+    assert encode_text("", tokenizer=tokenizer).num_scored == 0
+
+
+def test_scored_indices_are_those_behind_the_prompt() -> None:
+    row = EncodedRow("a", (7, 8, 9, 10), 3)
+    assert (list(row.scored), row.num_scored) == ([3], 1)
+
+
+def test_a_whole_document_scores_its_prompt_too(tokenizer) -> None:
+    row = encode_record(RECORD, tokenizer=tokenizer, max_length=128)
+    whole = whole_document(row)
+    assert (whole.row_id, whole.input_ids) == (row.row_id, row.input_ids)
+    assert list(whole.scored) == list(range(1, len(row.input_ids)))
