@@ -13,7 +13,7 @@ from launcher.yaml_text import dump_values
 from trainers.errors import InputError
 from trainers.files import read_json
 
-SYNTHETIC_DOCUMENTS = 32
+SYNTHETIC_DOCUMENTS = 24
 """Synthetic documents per task and set, where no number is asked for."""
 REAL_DOCUMENTS = 12
 """Real documents per task and set, where no number is asked for: they are several times longer."""

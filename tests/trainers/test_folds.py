@@ -297,8 +297,8 @@ def test_a_subset_prefers_members_so_that_the_attack_survives() -> None:
     attack = AttackDocuments(members=everything.members[:5], nonmembers=everything.nonmembers)
     prefer = frozenset(normalise_whitespace(member.text) for member in attack.members)
     part = subset_documents(data, documents_per_task=4, seed=0, prefer=prefer)
+    small = subset_attack(attack, data=part, seed=0)
     assert (len(small.members), len(small.nonmembers)) == (4, min(16, len(everything.nonmembers)))
-    assert (len(small.members), len(small.nonmembers)) == (4, 4)
     assert documents(part.forget, "Task3") == {member.id for member in small.members}
     with pytest.raises(InputError, match=r"only \d members of the membership attack remain(.|\n)*5 members were given"):
         subset_attack(attack, data=subset_documents(data, documents_per_task=4, seed=0), seed=0)
