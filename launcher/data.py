@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from launcher.config import ExperimentConfig
 from trainers.data.folds import SCORED_FOLDS, make_folds, split_attack
 from trainers.data.records import load_attack_documents, load_forget_retain, load_splits, normalise_whitespace
 from trainers.data.subset import subset_attack, subset_documents
-from trainers.data.types import AttackDocuments, ForgetRetain
+from trainers.data.types import AttackDocuments, ForgetRetain, Kind, Record
 from trainers.errors import InputError
 from trainers.files import sha256_json
 
@@ -120,6 +120,22 @@ def _check_scored(folds: Mapping[str, ForgetRetain]) -> None:
                     why="selection reads the validation fold, and the final numbers come from the test fold",
                     fix="give each of them at least one document",
                 )
+            check_kinds(records, where=f"the {name} fold of the {set_name} set")
+
+
+def check_kinds(records: Sequence[Record], *, where: str) -> None:
+    """Refuse rows of which none can be scored: whatever a trial did to them, it would look untouched.
+
+    Raises:
+        InputError: if no id says what its row asks for.
+    """
+    if all(record.kind is Kind.OTHER for record in records):
+        raise InputError(
+            f"no row can be scored, not even {records[0].id!r}",
+            where=where,
+            why="an id ends in sc and a digit (a text to complete, scored by ROUGE-L) or in qa and a digit (a question, by exact match)",
+            fix=f"write for instance {records[0].id + 'qa0'!r}, or leave the ids out: then all rows are questions",
+        )
 
 
 def _mmlu(config: ExperimentConfig) -> dict[str, MmluData] | None:

@@ -16,7 +16,7 @@ from merging.in_memory import MergeSession
 from merging.merge import merge_checkpoint
 from merging.pairs import Candidate, CheapScores, Pair
 from merging.search import search_pairs
-from merging.task_vectors import open_task_vector
+from merging.task_vectors import checkpoint_hash, open_task_vector
 from trainers.checkpoint import finished_checkpoints
 from trainers.distributed import Rank
 from trainers.errors import RunError
@@ -166,15 +166,25 @@ def deliver(run: Run, *, config: ExperimentConfig, data: PreparedData, result: P
         is_delivered = name == delivered
         folder = run.folder / ("merged" if is_delivered else f"controls/{name}")
         weights = folder if is_delivered else folder / "model"
-        if not (folder / "eval.json").exists():
-            if not (weights / "merge.json").exists():
-                merge_checkpoint(base=target, trials=parents, out=weights, config=merge)
-            evaluate_folder(weights, config=config, data=data, folder=folder, name=str(folder.relative_to(run.folder)))
+        if not _is_made_of(weights, parents=parents, merge=merge):
+            # A start before this one may have ended with other trials and another winner.
+            for file in ("eval.json", "validation.json"):
+                (folder / file).unlink(missing_ok=True)
+            merge_checkpoint(base=target, trials=parents, out=weights, config=merge)
+        evaluate_folder(weights, config=config, data=data, folder=folder, name=str(folder.relative_to(run.folder)))
         if not is_delivered:
             _drop_weights(weights)
     if delivered is not None:
         run.console.line(f"  {delivered} written to {run.folder / 'merged'}")
     return delivered
+
+
+def _is_made_of(weights: Path, *, parents: list[Path], merge: MergeConfig) -> bool:
+    if not (weights / "merge.json").exists():
+        return False
+    record = read_json(weights / "merge.json")
+    hashes = [checkpoint_hash(parent) for parent in parents]
+    return [trial["hash"] for trial in record["trials"]] == hashes and record["config"] == merge.model_dump(mode="json")
 
 
 def _drop_weights(folder: Path) -> None:

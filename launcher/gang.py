@@ -138,7 +138,7 @@ def _relay(streams: list[Any], *, task: TrialTask, stall_s: float) -> Iterator[d
             raise _nothing_heard(task, stall_s)
         if ready[0] is leader:
             try:
-                reference: Any = next(leader)
+                reference: Any = next(streams[0])
                 metrics: dict[str, Any] = ray.get(reference)
             except StopIteration:
                 return

@@ -115,9 +115,11 @@ def claim_run(config: ExperimentConfig, *, space: SearchSpace, data: PreparedDat
         if not resume:
             raise InputError("the run folder is already in use", where=str(run.folder), fix="choose another name, or leave out --no-resume")
         _check_same(run.folder, changed=changed_keys(_without_place(_read_resolved(path)), _without_place(resolved)))
-        return run
-    write_text(run.folder / EXPERIMENT, dump_yaml(config, space=space))
-    write_json(path, resolved)
+    else:
+        write_json(path, resolved)
+    # The record comes first: a start that was killed between the two has left no sign that the folder is a run's, otherwise.
+    if not (run.folder / EXPERIMENT).exists():
+        write_text(run.folder / EXPERIMENT, dump_yaml(config, space=space))
     return run
 
 
@@ -129,15 +131,13 @@ def check_same_target(folder: Path, *, config: ExperimentConfig, data: PreparedD
     """
     if not (folder / RESOLVED).exists():
         return
-    known, wanted = _read_resolved(folder / RESOLVED), config.model_dump(mode="json")
+    known = _without_place(_read_resolved(folder / RESOLVED))
+    wanted = _without_place({"config": config.model_dump(mode="json"), "data_hash": data.hash})
     parts = ("seed", "data", "target")
-    _check_same(
-        folder,
-        changed=changed_keys(
-            {"data_hash": known.get("data_hash"), "config": {part: known["config"].get(part) for part in parts}},
-            {"data_hash": data.hash, "config": {part: wanted[part] for part in parts}},
-        ),
-    )
+    facts = [
+        {"data_hash": facts.get("data_hash"), "config": {part: facts["config"].get(part) for part in parts}} for facts in (known, wanted)
+    ]
+    _check_same(folder, changed=changed_keys(*facts))
 
 
 def _check_same(folder: Path, *, changed: list[str]) -> None:
@@ -165,8 +165,16 @@ def _read_resolved(path: Path) -> dict[str, Any]:
 
 
 def _without_place(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Where a run lies, and how much of a machine it may use, does not change what it computes."""
+    """Where a run and its data lie, and how much of a machine it may use, does not change what it computes.
+
+    What the data say has a hash of its own, and the target's weights have one in ``target.json``.
+    """
+    free = {
+        "sweep": ("cpus_per_rank", "gpus_per_rank", "max_concurrent", "max_failures", "trial_timeout_s", "stall_s"),
+        "data": ("path", "forget", "retain", "mia", "mmlu"),
+        "model": ("model_name_or_path",),
+    }
     config = {key: value for key, value in resolved["config"].items() if key not in ("storage_path", "name")}
-    free = ("cpus_per_rank", "gpus_per_rank", "max_concurrent", "max_failures", "trial_timeout_s", "stall_s")
-    config["sweep"] = {key: value for key, value in config["sweep"].items() if key not in free}
+    for section, keys in free.items():
+        config[section] = {key: value for key, value in (config.get(section) or {}).items() if key not in keys}
     return resolved | {"config": config}

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.config import ExperimentConfig
 from launcher.console import Console, duration
-from launcher.data import PreparedData, prepare_data, question_groups, unseen_texts
+from launcher.data import PreparedData, check_kinds, prepare_data, question_groups, unseen_texts
 from launcher.load import LoadedExperiment, dump_yaml
 from launcher.lock import hold
 from launcher.logs import quiet_libraries
@@ -52,6 +52,9 @@ def obtain_target(run: Run, *, config: ExperimentConfig, data: PreparedData) -> 
     """The target model that trials start from: the one given, or the memorised one of this run.
 
     Writes ``target.json``.
+
+    Raises:
+        InputError: if the model is not the one that an earlier start of the run went out from.
     """
     from trainers.modeling import check_model_folder
 
@@ -72,13 +75,21 @@ def obtain_target(run: Run, *, config: ExperimentConfig, data: PreparedData) -> 
         )
         if not manifest["reached"]:
             run.console.warning("the target did not reach its memorisation thresholds: train it for more epochs (target.num_train_epochs)")
+    found = weights_hash(folder)
+    if (run.folder / "baseline").exists() and found != read_json(run.folder / "target.json")["weights_hash"]:
+        raise InputError(
+            "the target model's weights are not those that this run started from",
+            where=str(folder),
+            why="its baseline and its trials would not fit",
+            fix="put the model back, or choose another name",
+        )
     known = manifest.get("memorised")
     write_json(
         run.folder / "target.json",
         {
             "schema_version": 1,
             "path": str(folder),
-            "weights_hash": weights_hash(folder),
+            "weights_hash": found,
             "memorised": None
             if known is None
             else {
@@ -340,6 +351,8 @@ def evaluate_model(
     base, checkpoint = locate_model(model)
     config = EvalConfig(official=official, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}))
     records = load_forget_retain(data)
+    for name, rows in (("forget", records.forget), ("retain", records.retain)):
+        check_kinds(rows, where=f"{data}, the {name} set")
     attack = load_attack_documents(mia) if mia else None
     questions = load_mmlu(mmlu.expanduser()) if mmlu else None
     context = context_length(load_model_config(base))

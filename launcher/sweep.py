@@ -187,6 +187,10 @@ class _Reporter:
         self.eta = Eta(total=len(waiting), concurrency=concurrency)
         self.started_at: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes its callbacks to a file that nobody reads; where the output goes to is not always something that can be written.
+        return {}
+
     def folder(self, name: str) -> Path:
         return self.run / "trials" / name
 

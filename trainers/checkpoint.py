@@ -82,7 +82,6 @@ def save_checkpoint(
             config = read_json(folder / "config.json") | {"dtype": "float32"}
             config.pop("torch_dtype", None)
             write_json(folder / "config.json", config)
-            (folder / MANIFEST).unlink(missing_ok=True)
             weights_file = WEIGHTS
         if keep_optimizer:
             moments = {f"{key}/{name}": value for key in ("exp_avg", "exp_avg_sq") for name, value in getattr(state, key).items()}

@@ -22,15 +22,6 @@ class UserFacingError(Exception):
         parts += [f"  {name}: {text}" for name, text in (("where", where), ("why", why), ("fix", fix)) if text]
         super().__init__("\n".join(parts))
 
-    def __reduce__(self):
-        # The default would call the constructor with the formatted message only, and lose the parts
-        # on their way from a worker process.
-        return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
-
-
-def _rebuild(cls, what, where, why, fix):
-    return cls(what, where=where, why=why, fix=fix)
-
 
 class RunError(UserFacingError):
     """The run itself failed (exit code 1)."""

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from trainers.data.synthetic import write_synthetic_benchmark
+from trainers.files import read_json, read_jsonl, sha256_file
 
 DOCUMENTS_PER_TASK = 3
+LIMIT_S = 240.0
+"""Seconds after which a command counts as hung; on two free cores the longest takes about 40."""
 
 
 def write_small_data(folder: Path) -> Path:
@@ -30,13 +44,15 @@ TARGET = {
 }
 """Forty thousand weights that know the documents by heart after a few seconds."""
 
+ABSURD = {"objective.forget_weight": 0.1, "learning_rate": 1e30, "num_train_epochs": 8}
+"""Its second step is not finite."""
 GENTLE = {"objective.forget_weight": 0.1, "learning_rate": 1e-2, "num_train_epochs": 8}
 HARSH = {"objective.forget_weight": 0.4, "learning_rate": 2e-2, "num_train_epochs": 20}
 HARSHER = {"objective.forget_weight": 0.5, "learning_rate": 2e-2, "num_train_epochs": 16}
 
 
 def small_experiment(data: Path, *, storage: Path | str, target: Path | None = None, name: str = "small", **changes: Any) -> dict[str, Any]:
-    """The values of a sweep of three trials, one of which forgets little and two much.
+    """The values of a sweep of four trials: one forgets little, two forget much, the last does not survive its second step.
 
     Args:
         data: what ``write_small_data`` wrote.
@@ -59,7 +75,7 @@ def small_experiment(data: Path, *, storage: Path | str, target: Path | None = N
                 "retain_ce_weight": 1.0,
             },
             "forget_scope": "document",
-            "learning_rate": {"values": [1e-2, 2e-2]},
+            "learning_rate": {"values": [1e-2, 2e-2, 1e30]},
             "num_train_epochs": {"values": [8, 16, 20]},
             "train_batch_size": 8,
             "per_device_train_batch_size": 8,
@@ -68,7 +84,7 @@ def small_experiment(data: Path, *, storage: Path | str, target: Path | None = N
             "checkpoints": 4,
             "signals": 2,
         },
-        "sweep": {"num_trials": 3, "start_points": [GENTLE, HARSH, HARSHER], "cpus_per_rank": 1.0, "max_concurrent": 2},
+        "sweep": {"num_trials": 4, "start_points": [GENTLE, HARSH, HARSHER, ABSURD], "cpus_per_rank": 1.0, "max_concurrent": 2},
         "eval": {"dtype": "float32", "max_new_tokens": 24, "bootstrap_samples": 20, "mmlu_shots": 1},
         "pairs": {
             "densities": [0.8],
@@ -92,3 +108,165 @@ def write_small_experiment(file: Path, *, data: Path, storage: Path | str, **cha
     """Write the experiment; JSON is YAML."""
     file.write_text(json.dumps(small_experiment(data, storage=storage, **changes), indent=2))
     return file
+
+
+# ---- the command in a process of its own
+
+
+@dataclass
+class Command:
+    """A running ``python -m launcher ...``, its output, and every process that it started."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+    tag: str
+    seen: set[psutil.Process] = field(default_factory=set)
+
+    def look(self) -> None:
+        """Remember the processes below the command: after its death their parent is another one."""
+        with suppress(psutil.NoSuchProcess):
+            self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
+
+    def others(self) -> list[psutil.Process]:
+        """The live processes that the command started."""
+        self.look()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.pid != self.process.pid and process.environ().get("UNLEARN_TEST_TAG") == self.tag:
+                    self.seen.add(process)
+        return [process for process in self.seen if _is_alive(process)]
+
+    def wait(self, *, limit_s: float = LIMIT_S) -> int:
+        """The exit code.
+
+        Raises:
+            AssertionError: with the output, if the command does not end in time.
+        """
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout=limit_s)
+        raise AssertionError(f"still running after {limit_s:g} s:\n{self.text()}")
+
+    def until(self, condition: Callable[[], Any], *, what: str, limit_s: float = LIMIT_S) -> Any:
+        """Wait for something to hold while the command runs; its value.
+
+        Raises:
+            AssertionError: with the output, if the command ends first or it takes too long.
+        """
+        deadline = time.monotonic() + limit_s
+        while not (value := condition()):
+            assert self.process.poll() is None, f"ended before {what}:\n{self.text()}"
+            assert time.monotonic() < deadline, f"no {what} after {limit_s:g} s:\n{self.text()}"
+            time.sleep(0.01)
+        return value
+
+    def kill(self) -> None:
+        """``kill -9`` of the command alone."""
+        self.look()
+        self.process.kill()
+        self.process.wait()
+
+    def text(self) -> str:
+        """What the command has printed so far."""
+        return self.output.read_text(errors="replace")
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def wait_for_end(command: Command, *, limit_s: float) -> None:
+    """Wait until every process that a command started is gone by itself.
+
+    Raises:
+        AssertionError: naming those that are not.
+    """
+    deadline = time.monotonic() + limit_s
+    while left := command.others():
+        assert time.monotonic() < deadline, f"alive {limit_s:g} s after the command: {left}"
+        time.sleep(0.2)
+
+
+@contextmanager
+def running(*arguments: str | Path, folder: Path) -> Iterator[Command]:
+    """Run a command of the launcher in the background; nothing of it outlives the block.
+
+    Args:
+        arguments: of the command line, such as ``"sweep", file``.
+        folder: working folder, which also takes the output.
+    """
+    tag = uuid.uuid4().hex
+    output = folder / f"output-{tag[:8]}.txt"
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RAY_ADDRESS")}
+    environment |= {"UNLEARN_TEST_TAG": tag, "PYTHONUNBUFFERED": "1"}
+    with open(output, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launcher", *map(str, arguments)],
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    command = Command(process, output, tag)
+    try:
+        yield command
+    finally:
+        others = command.others()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for other in others:
+            with suppress(psutil.Error):
+                other.send_signal(signal.SIGKILL)
+
+
+def run_command(*arguments: str | Path, folder: Path, limit_s: float = LIMIT_S) -> tuple[int, str]:
+    """Exit code and output of a command of the launcher."""
+    with running(*arguments, folder=folder) as command:
+        return command.wait(limit_s=limit_s), command.text()
+
+
+# ---- what a run found
+
+
+def facts(run: Path) -> dict[str, Any]:
+    """Everything that two runs of one experiment must agree on: no times, no places, no counts of work saved."""
+    results = read_json(run / "results.json")
+    results.pop("timings")
+    results["target"].pop("path")
+    for trial in results["trials"]:
+        trial.pop("seconds")
+    pairs = read_json(run / "pairs.json")
+    pairs.pop("cost")
+    for candidate in pairs["candidates"]:
+        candidate.pop("checkpoint")
+    found: dict[str, Any] = {"results": results, "pairs": pairs}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.name in ("eval.json", "validation.json"):
+            found[name] = {key: value for key, value in read_json(path).items() if key != "seconds"}
+        elif path.name == "metrics.jsonl":
+            found[name] = [{key: value for key, value in line.items() if key != "seconds"} for line in read_jsonl(path)]
+        elif path.suffix == ".safetensors" or path.name.endswith("-rows.jsonl"):
+            found[name] = sha256_file(path)
+    return found
+
+
+def assert_same_facts(actual: Path, expected: Path) -> None:
+    """Fail with the first difference between two runs, in few words."""
+    ours, theirs = facts(actual), facts(expected)
+    assert sorted(ours) == sorted(theirs)
+    for name in ours:
+        assert ours[name] == theirs[name], f"{name} differs"
+
+
+def stamps(run: Path) -> dict[str, int]:
+    """When every file that costs computing was written."""
+    kinds = (".safetensors", ".jsonl", "eval.json", "validation.json")
+    return {
+        str(path.relative_to(run)): path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.name.endswith(kinds) and path.name != "events.jsonl"
+    }

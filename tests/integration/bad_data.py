@@ -121,6 +121,11 @@ DATA = [
         lambda p: validate(p, forget=rows("f", count=2)),
         ("Task1 has 2 documents, too few for 3 folds", "the forget set", "lume", "fix: add documents"),
     ),
+    Case(
+        "ids that do not say what is asked",
+        lambda p: validate(p, forget=[row | {"id": f"doc-{number}"} for number, row in enumerate(rows("f"))]),
+        ("no row can be scored", "lume, the validation fold of the forget set", "sc and a digit", "fix: write for instance 'doc-"),
+    ),
     Case("too few documents kept", lambda p: validate(p, "data.documents=2"), ("too few for 3 folds", "fix:")),
     Case(
         "nothing to rehearse",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,6 +105,27 @@ def test_a_full_disk_is_an_environment_error(place: Place, capsys: pytest.Captur
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, 0))
     case = Case("full", lambda p: merge(p, p.world.over), ("the disk has 0.0 GiB free", "fix: free space"), code=3)
     check(case, place=place, capsys=capsys)
+
+
+def test_what_could_be_a_hub_id_is_told_at_once_without_a_network(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's libraries would try six times, and say so each time."""
+    import datasets
+    import huggingface_hub
+
+    def no_name(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    says = ("path not found, and no data set of that name can be reached on the hub: no/where", "fix: check the path")
+    started = time.monotonic()
+    check(Case("hub", lambda p: validate(p, "data.path=no/where"), says), place=place, capsys=capsys)
+    assert time.monotonic() - started < 10
 
 
 # ---- what looks odd and is not wrong

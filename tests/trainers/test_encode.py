@@ -20,11 +20,8 @@ def tokenizer():
 
 def test_the_ids_of_a_prompt_are_a_prefix_of_its_row(tokenizer) -> None:
     """So a greedy generation that repeats the answer produces exactly the scored ids."""
-    # Tokenised together, the two spaces around the seam would belong to one token.
-    seam = Record("e0qa0", "Ends with a space ", "and goes on", "Task1")
-    together = tokenizer(seam.text, add_special_tokens=False)["input_ids"]
-    assert together[: len(encode_prompt(tokenizer, seam.input))] != encode_prompt(tokenizer, seam.input), "negative control"
-    records = [*tiny_records("f", count=6), RECORD, seam]
+    seams = [Record("e0qa0", "Ends with a space ", "and goes on", "Task1"), Record("e1qa0", "No space after\n", "\n this", "Task1")]
+    records = [*tiny_records("f", count=6), RECORD, *seams]
     for record in records:
         row = encode_record(record, tokenizer=tokenizer, max_length=128)
         prompt = encode_prompt(tokenizer, record.input)

@@ -23,7 +23,7 @@ from tests.helpers.thread_ranks import Meeting, ThreadEngine, run_threads
 from tests.helpers.tiny_trial import tiny_inputs, tiny_records, tiny_train
 from trainers import loop
 from trainers.config import EngineConfig, ObjectiveConfig, TrainConfig
-from trainers.data.batches import StepPlan, collate, plan_steps, split_step
+from trainers.data.batches import MicroBatch, StepPlan, collate, plan_steps, split_step
 from trainers.data.encode import EncodedRow
 from trainers.data.types import ForgetRetain
 from trainers.distributed import Rank, start_process_group, stop_process_group
@@ -40,10 +40,12 @@ from trainers.loop import (
     local_counts,
     obtain_reference,
     prepare_reference,
+    score_micro_batch,
     train_step,
     train_worker,
     uses_retain,
 )
+from trainers.objectives.log_probs import token_log_probs
 from trainers.objectives.terms import LossTerm, StepCounts, step_loss
 from trainers.reference import Reference, ReferenceSide
 from trainers.scoring import ScoringModel, set_step_seed
@@ -124,12 +126,13 @@ def update(
     world_size: int = 1,
     objective: ObjectiveConfig = OBJECTIVE,
     engine_type: type[ThreadEngine] = ThreadEngine,
+    order: tuple[int, ...] | None = None,
 ) -> Update:
-    """One step over all rows from a copy of the model, spread over threads; the ranks' results must agree exactly."""
+    """One step over all rows from a copy of the model, forget rows in the order given; threads as ranks, whose results must agree."""
     train = TrainConfig(
         objective=objective, lora=None, engine=EngineConfig(name="torch"), per_device_train_batch_size=micro_batch_size, learning_rate=1e-2
     )
-    plan = StepPlan(1, 1.0, tuple(range(len(rows.forget))), tuple(range(len(rows.retain))))
+    plan = StepPlan(1, 1.0, order or tuple(range(len(rows.forget))), tuple(range(len(rows.retain))))
 
     def work(meeting: Meeting, rank: int) -> Update:
         engine = engine_type(copy.deepcopy(model), meeting=meeting, rank=rank)
@@ -276,21 +279,37 @@ def test_counts_come_from_the_labels_alone() -> None:
 
 
 def test_each_row_meets_its_own_reference(model: ScoringModel) -> None:
-    """Swapping the references of two forget rows of equal length changes the step; swapping rows and references does not."""
-    generator = torch.Generator().manual_seed(3)
-    first, second = (EncodedRow("x", tuple(torch.randint(2, VOCABULARY, (6,), generator=generator).tolist()), 2) for _ in range(2))
-    values = -8 * torch.rand(8, generator=generator)
-    swapped = torch.cat([values[4:], values[:4]])
-    empty = ReferenceSide((0,), torch.zeros(0), torch.zeros(0, HIDDEN))
+    """The order of rows within a step changes nothing, because their references follow them; a wrong reference changes it."""
+    rows, reference = draw_trial(num_forget=4, num_retain=2, seed=3)
+    expected = update(model, rows=rows, reference=reference)
+    assert_same_update(update(model, rows=rows, reference=reference, order=(2, 0, 3, 1), micro_batch_size=3), expected)
+    reversed_values = replace(reference.forget, token_log_probs_N=reference.forget.token_log_probs_N.flip(0))
+    assert relative_error(update(model, rows=rows, reference=replace(reference, forget=reversed_values)), expected) > 1e-3
 
-    def step(rows: list[EncodedRow], log_probs: Tensor) -> Update:
-        trial = EncodedTrial(rows, [], SignalRows((), (), (), ()), PAD)
-        reference = Reference(ReferenceSide((0, 4, 8), log_probs, None), empty, torch.zeros(VOCABULARY, HIDDEN))
-        return update(model, rows=trial, reference=reference, objective=ObjectiveConfig(name="npo"), micro_batch_size=1)
 
-    expected = step([first, second], values)
-    assert_same_update(step([second, first], swapped), expected)
-    assert relative_error(step([first, second], swapped), expected) > 1e-3
+def test_a_forward_pass_is_cut_into_its_two_sets(model: ScoringModel) -> None:
+    """Forget rows come first; each set numbers its rows from zero and keeps its tokens in row order."""
+    rows, reference = draw_trial(num_forget=3, num_retain=2, seed=6)
+    micro = MicroBatch(forget=(2, 0), retain=(1, 0))
+    encoded = [rows.forget[2], rows.forget[0], rows.retain[1], rows.retain[0]]
+    batch = collate(encoded, pad_token_id=PAD)
+    with torch.no_grad():
+        logits_NV = model(batch)[1]
+    train = TrainConfig(objective=OBJECTIVE)
+    forget, retain = score_micro_batch(micro, batch=batch, logits_NV=logits_NV, reference=reference, train=train)
+    lengths = [row.num_scored for row in encoded]
+    assert forget.row_N.tolist() == [0] * lengths[0] + [1] * lengths[1]
+    assert retain.row_N.tolist() == [0] * lengths[2] + [1] * lengths[3]
+    assert (forget.num_rows, retain.num_rows) == (2, 2)
+    cut = lengths[0] + lengths[1]
+    log_probs_N = token_log_probs(logits_NV, label_N=batch.label_N)
+    assert torch.equal(forget.token_log_probs_N, log_probs_N[:cut])
+    assert torch.equal(retain.token_log_probs_N, log_probs_N[cut:])
+    assert torch.equal(retain.logits_NV, logits_NV[cut:])
+    assert torch.equal(retain.reference_logits_NV, reference.retain_logits((1, 0)))
+    assert torch.equal(forget.reference_token_log_probs_N, reference.forget.log_probs_of((2, 0)))
+    without = TrainConfig(objective=ObjectiveConfig(name="grad_diff"))
+    assert score_micro_batch(micro, batch=batch, logits_NV=logits_NV, reference=reference, train=without)[1].reference_logits_NV is None
 
 
 def test_retain_rows_are_rehearsed_only_where_a_retain_term_has_a_weight() -> None:

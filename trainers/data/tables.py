@@ -6,12 +6,15 @@ import csv
 import difflib
 import io
 import json
+import os
 import re
+import socket
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from trainers.errors import InputError
 
@@ -210,6 +213,7 @@ def _read_parquet(path: Path, *, wanted: Iterable[str]) -> Table:
 def _read_hub(name: str, *, split: str | None, set_name: str) -> Table:
     import datasets
 
+    _say_if_offline()
     try:
         loaded = datasets.load_dataset(name, split=split)
     # The library fails in many ways (no network, offline mode, unknown name, private data, unknown split).
@@ -234,6 +238,21 @@ def _read_hub(name: str, *, split: str | None, set_name: str) -> Table:
         loaded = loaded[split]
     rows = tuple(Row(place=f"row {number}", values=value) for number, value in enumerate(loaded, start=1))
     return Table(source=f"{name}:{split}", columns=tuple(loaded.column_names), rows=rows)
+
+
+def _say_if_offline() -> None:
+    """Switch the hub's libraries to their cache where its name cannot even be resolved: they would try again for half a minute."""
+    import datasets
+    import huggingface_hub
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return  # a proxy resolves names itself
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        if hasattr(datasets, "config"):
+            datasets.config.HF_HUB_OFFLINE = True
 
 
 def describe_type(value: Any) -> str:
