@@ -36,7 +36,7 @@ def run_quickstart(
     storage_path, name = run_place(out)
     run = Path(storage_path) / name
     check_run_place(run)
-    settings = [_setting("storage_path", storage_path), _setting("name", name), f"seed={seed}", f"target.seed={seed}"]
+    settings = [_setting("storage_path", storage_path), _setting("name", name), f"seed={seed}", f"target.seed={seed}", f"train.seed={seed}"]
     if data is None:
         folder = _synthetic(run, documents=SYNTHETIC_DOCUMENTS if documents is None else documents, seed=seed)
         settings += [_setting(f"data.{key}", folder / part) for key, part in (("path", "lume"), ("mia", "mia"), ("mmlu", "mmlu"))]

@@ -111,6 +111,7 @@ def run_memorize(*, experiment: LoadedExperiment) -> None:
     """``unlearn memorize``: build the target model of an experiment."""
     quiet_libraries()
     config = experiment.config
+    use_reserved_cores(config)
     if config.target is None:
         raise InputError(
             "the configuration has no target section", where=str(experiment.source), fix="say under target: how to build the model"
@@ -157,8 +158,8 @@ def run_sweep(*, experiment: LoadedExperiment, resume: bool = True, dry_run: boo
         RunError: after the report, if no trial is alive.
     """
     quiet_libraries()
-    use_all_cores()
     config = experiment.config
+    use_reserved_cores(config)
     data = prepare_data(config)
     specs, plan = plan_sweep(experiment)
     check_texts(config, data=data, trains=[spec.config for spec in specs])
@@ -195,12 +196,15 @@ def _sweep(run: Run, *, config: ExperimentConfig, data: PreparedData, specs: tup
     finish_run(run, config=config, data=data, specs=specs, target=target)
 
 
-def use_all_cores() -> None:
-    """Compute with as many threads as there are cores (16 at most), whatever the environment says: sums in another order end in other
-    last digits, and a run that is resumed from another shell must go on with the same ones."""
+def use_reserved_cores(config: ExperimentConfig) -> None:
+    """Compute with as many threads as a rank of a trial, whatever the machine and its environment say.
+
+    Sums in another order end in other last digits, so a run that is resumed from another shell or machine must go on with the same
+    number of threads; and a tiny model on shared cores is several times slower with two threads that wait for each other.
+    """
     import torch
 
-    torch.set_num_threads(min(16, os.cpu_count() or 1))
+    torch.set_num_threads(max(1, int(config.sweep.cpus_per_rank)))
 
 
 def print_baseline(run: Run) -> None:
@@ -255,6 +259,7 @@ def run_train(*, experiment: LoadedExperiment, out: Path | None = None) -> None:
 
     quiet_libraries()
     config = experiment.config
+    use_reserved_cores(config)
     if config.train.engine.ranks > 1:
         raise InputError(
             f"train.engine.ranks = {config.train.engine.ranks}, but `unlearn train` computes in one process",

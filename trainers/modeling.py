@@ -168,7 +168,7 @@ def add_lora(model: PreTrainedModel, *, lora: LoraConfig, seed: int) -> Any:
         raise InputError(
             f"{odd[0].split('.lora_')[0]} is no linear module",
             where=f"train.lora.target_modules = {lora.target_modules!r}",
-            why="checkpoints and merges know updates of the form B @ A only",
+            why="checkpoints hold the adapters of linear modules only",
             fix="name linear modules of the model, for instance [q_proj, v_proj], or all-linear",
         )
     return adapted

@@ -18,7 +18,7 @@ def experiment(**changes: Any) -> ExperimentConfig:
 
 def test_the_smallest_experiment_names_a_model_and_data_only() -> None:
     config = experiment()
-    assert (config.seed, config.sweep.num_trials, config.data.rehearse) == (42, 8, ("train",))
+    assert (config.seed, config.sweep.num_trials, config.data.rehearse) == (42, 8, ("train", "validation", "test"))
     assert config.run_folder == Path("runs/x")
     assert experiment_relations(config) == []
 

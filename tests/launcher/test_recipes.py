@@ -55,7 +55,7 @@ def test_the_start_points_are_the_published_ones(name: str) -> None:
         config, terms = trial.config, trial.config.objective
         assert config.lora is not None
         assert (config.learning_rate, config.num_train_epochs, config.warmup_ratio, config.weight_decay) == (1e-4, 5, 0.2, 0.01)
-        assert (config.lora.r, config.lora.lora_alpha, config.lora.lora_dropout, config.max_length) == (32, 32, 0.05, 256)
+        assert (config.lora.r, config.lora.lora_alpha, config.lora.lora_dropout, config.max_length) == (32, 32, 0.05, 512)
         assert terms.reduction is Reduction.TOKEN_MEAN
         weights = (terms.forget_weight, terms.retain_kl_weight, terms.retain_ce_weight)
         rows.append((*weights, config.per_device_train_batch_size, config.train_batch_size))
