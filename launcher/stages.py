@@ -146,7 +146,8 @@ def prepare_trials(run: Run, *, config: ExperimentConfig, data: PreparedData, sp
         target_hash=target_hash,
     )
     inputs = trial_inputs(run=run.folder, data=data, target=target, target_hash=target_hash)
-    for train in {spec.config.engine.dtype: spec.config for spec in specs}.values():
+    # Whatever determines the reference is searched at most as one of these.
+    for train in {(spec.config.engine.dtype, spec.config.forget_scope, spec.config.max_length): spec.config for spec in specs}.values():
         prepare_reference(inputs, train=train)
 
 

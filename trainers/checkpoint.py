@@ -96,6 +96,7 @@ def save_checkpoint(
                 "weights_sha256": sha256_file(folder / weights_file),
                 "train_hash": sha256_json(train.model_dump(mode="json")),
                 "train": train.model_dump(mode="json"),
+                "optimizer_sha256": sha256_file(folder / OPTIMIZER) if keep_optimizer else None,
                 **facts,
             },
         )
@@ -105,11 +106,11 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(folder: Path, *, train: TrainConfig, target_hash: str) -> TrainingState:
+def load_checkpoint(folder: Path, *, train: TrainConfig, target_hash: str, rows_key: str | None = None) -> TrainingState:
     """The training state of a checkpoint.
 
     Raises:
-        InputError: if it is damaged, cannot be resumed, or belongs to another configuration or target.
+        InputError: if it is damaged, cannot be resumed, or belongs to another configuration, other rows or another target.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -119,6 +120,8 @@ def load_checkpoint(folder: Path, *, train: TrainConfig, target_hash: str) -> Tr
         raise InputError(
             "the checkpoint was trained from another target model", where=str(folder), fix="start the trial in a new run folder"
         )
+    if rows_key is not None and manifest.get("rows_key") != rows_key:
+        raise InputError("the checkpoint was trained on other rows", where=str(folder), fix="start the trial in a new run folder")
     changed = changed_keys(manifest["train"], train.model_dump(mode="json"))
     # How a trial is spread over processes does not change what it computes.
     changed = [key for key in changed if key not in SPREADING_KEYS]
@@ -131,7 +134,13 @@ def load_checkpoint(folder: Path, *, train: TrainConfig, target_hash: str) -> Tr
         if sha256_file(weights_path) != manifest["weights_sha256"]:
             raise InputError("the checkpoint's weights do not match its manifest", where=str(weights_path), fix="delete this checkpoint")
         weights = load_file(weights_path)
-        moments = load_file(folder / OPTIMIZER) if (folder / OPTIMIZER).exists() else {}
+        moments = {}
+        if (folder / OPTIMIZER).exists():
+            if sha256_file(folder / OPTIMIZER) != manifest["optimizer_sha256"]:
+                raise InputError(
+                    "the optimizer state does not match the manifest", where=str(folder / OPTIMIZER), fix="delete this checkpoint"
+                )
+            moments = load_file(folder / OPTIMIZER)
     except (SafetensorError, OSError) as error:
         raise InputError(f"the checkpoint cannot be read: {error}", where=str(folder), fix="delete this checkpoint") from error
     if train.lora is not None:

@@ -30,7 +30,7 @@ class Reduction(StrEnum):
     SEQUENCE_SUM = "sequence_sum"
     """Sum over the answer's tokens, as in the NPO paper."""
     TOKEN_MEAN = "token_mean"
-    """Mean over all answer tokens of the step, as in ZJUKLAB's public code."""
+    """Mean over each answer's tokens: the variant of ZJUKLAB's public code at one sequence per micro-batch."""
 
 
 class ObjectiveConfig(Frozen):

@@ -99,24 +99,27 @@ def build_model(inputs: TrialInputs, *, train: TrainConfig) -> ScoringModel:
     return ScoringModel(model.requires_grad_(True))
 
 
+def rows_key(inputs: TrialInputs, *, rows: EncodedTrial, dtype: str) -> str:
+    """A name for the target and the rows that a trial computes on: of its reference cache, and in its checkpoints."""
+    return reference_key(target_hash=inputs.target_hash, forget=rows.forget, retain=rows.retain, dtype=dtype)
+
+
 def obtain_reference(model: ScoringModel, *, inputs: TrialInputs, rows: EncodedTrial, dtype: str, device: str) -> Reference:
     """The cached reference, computed first if this run has none for these rows: the same model with adapters off."""
-    key = reference_key(target_hash=inputs.target_hash, forget=rows.forget, retain=rows.retain, dtype=dtype)
-    folder = Path(inputs.reference_root) / key
-    cached = load_reference(folder, device=device)
-    if cached is None:
-        save_reference(
-            folder,
-            compute_reference(
-                model,
-                forget=rows.forget,
-                retain=rows.retain,
-                pad_token_id=rows.pad_token_id,
-                batch_tokens=REFERENCE_BATCH_TOKENS,
-                device=device,
-            ),
+    folder = Path(inputs.reference_root) / rows_key(inputs, rows=rows, dtype=dtype)
+    if load_reference(folder, device=device) is None:
+        computed = compute_reference(
+            model,
+            forget=rows.forget,
+            retain=rows.retain,
+            pad_token_id=rows.pad_token_id,
+            batch_tokens=REFERENCE_BATCH_TOKENS,
+            device=device,
         )
-        cached = load_reference(folder, device=device)
+        # Another trial may have written it in the meantime; replacing it would pull it away from under a reader.
+        if load_reference(folder, device=device) is None:
+            save_reference(folder, computed)
+    cached = load_reference(folder, device=device)
     assert cached is not None
     return cached
 
@@ -202,6 +205,13 @@ def train_step(
         )
     rate = learning_rate(train, step=plan.step, num_steps=num_steps)
     norm = engine.step(learning_rate=rate)
+    if not math.isfinite(norm):
+        # The sharded engine knows the norm only after its update. Nothing of it is kept: the trial ends here.
+        raise DivergedError(
+            f"the gradient norm is {norm} at step {plan.step}",
+            why="the update has destroyed the model; no checkpoint holds it",
+            fix="lower train.learning_rate or add a retain term",
+        )
     return {
         "step": plan.step,
         "epoch": round(plan.epoch, 4),
@@ -266,10 +276,15 @@ def _run_steps(
     plans: list[StepPlan], *, engine: Engine, rows: EncodedTrial, reference: Reference, train: TrainConfig, inputs: TrialInputs, trial: Path
 ) -> Iterator[dict[str, Any]]:
     num_steps = len(plans)
-    done = _resume(engine, train=train, inputs=inputs, trial=trial)
+    done = _resume(engine, train=train, inputs=inputs, rows=rows, trial=trial)
     signal_steps = evenly_spaced(train.signals, num_steps=num_steps)
     checkpoint_steps = evenly_spaced(train.checkpoints, num_steps=num_steps)
-    facts = {"target_hash": inputs.target_hash, "target": str(inputs.target), "num_steps": num_steps}
+    facts = {
+        "target_hash": inputs.target_hash,
+        "target": str(inputs.target),
+        "rows_key": rows_key(inputs, rows=rows, dtype=train.engine.dtype),
+        "num_steps": num_steps,
+    }
     for plan in plans[done:]:
         started = time.perf_counter()
         metrics = train_step(plan, engine=engine, rows=rows, reference=reference, train=train, num_steps=num_steps)
@@ -285,14 +300,19 @@ def _run_steps(
         yield {**metrics, "num_steps": num_steps}
 
 
-def _resume(engine: Engine, *, train: TrainConfig, inputs: TrialInputs, trial: Path) -> int:
+def _resume(engine: Engine, *, train: TrainConfig, inputs: TrialInputs, rows: EncodedTrial, trial: Path) -> int:
     """Steps already done: load the newest checkpoint and drop the metrics of steps that will be repeated."""
     found = finished_checkpoints(trial)
     if not found:
         if engine.rank == 0:
             (trial / "metrics.jsonl").unlink(missing_ok=True)
         return 0
-    state = load_checkpoint(found[-1], train=train, target_hash=inputs.target_hash)
+    state = load_checkpoint(
+        found[-1],
+        train=train,
+        target_hash=inputs.target_hash,
+        rows_key=rows_key(inputs, rows=rows, dtype=train.engine.dtype),
+    )
     engine.load_state(state)
     if engine.rank == 0:
         import json

@@ -287,7 +287,7 @@ def _train(config: MemorizeConfig, *, engine: Engine, rows: _Rows, say: Callable
 
     pad = int(rows.tokenizer.pad_token_id)
     step = 0
-    memorised = _measure(engine, rows=rows)
+    memorised: Memorised | None = None
     for epoch in range(1, config.num_train_epochs + 1):
         everything = [*rows.train, *rows.packed_questions(per_row=QUESTIONS_PER_ROW, seed=[config.seed, 1, epoch])]
         groups = batches_by_length(everything, batch_tokens=config.train_batch_tokens)
@@ -310,6 +310,7 @@ def _train(config: MemorizeConfig, *, engine: Engine, rows: _Rows, say: Callable
             )
             if memorised.reached(config):
                 break
+    assert memorised is not None, "the last epoch measures"
     return memorised, epoch
 
 

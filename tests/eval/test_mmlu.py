@@ -90,7 +90,7 @@ def test_halves_are_disjoint_complete_and_even_per_subject():
 
 def test_many_subjects_of_one_question_each_are_halved_too():
     """The odd question of a subject goes to the half that has fewer so far."""
-    halves = split_mmlu(some({name: 1 for name in "abcdef"}), seed=0)
+    halves = split_mmlu(some(dict.fromkeys("abcdef", 1)), seed=0)
     assert [len(halves[name].questions) for name in ("validation", "test")] == [3, 3]
 
 

@@ -232,7 +232,10 @@ def run_command(*arguments: str | Path, folder: Path, limit_s: float = LIMIT_S) 
 
 
 def facts(run: Path) -> dict[str, Any]:
-    """Everything that two runs of one experiment must agree on: no times, no places, no counts of work saved."""
+    """Everything that two runs of one experiment must agree on: no times, no places, no counts of work saved.
+
+    The target counts by what starts from it; it may lie elsewhere.
+    """
     results = read_json(run / "results.json")
     results.pop("timings")
     results["target"].pop("path")
@@ -249,7 +252,7 @@ def facts(run: Path) -> dict[str, Any]:
             found[name] = {key: value for key, value in read_json(path).items() if key != "seconds"}
         elif path.name == "metrics.jsonl":
             found[name] = [{key: value for key, value in line.items() if key != "seconds"} for line in read_jsonl(path)]
-        elif path.suffix == ".safetensors" or path.name.endswith("-rows.jsonl"):
+        elif not name.startswith("target") and (path.suffix == ".safetensors" or path.name.endswith("-rows.jsonl")):
             found[name] = sha256_file(path)
     return found
 

@@ -492,3 +492,17 @@ def test_the_local_engine_clips_the_gradient_and_reports_the_norm_before(model: 
     assert seen == [pytest.approx(0.5, rel=1e-5)]
     assert metrics["grad_norm"] > 0.5
     assert all(value.grad is None for value in engine.model.trainable().values())
+
+
+def test_a_gradient_that_is_not_finite_ends_the_trial_even_if_the_loss_is(tmp_path, monkeypatch) -> None:
+    """The square root's gradient at zero is infinite where its value is zero; plain torch makes no update with it."""
+    honest = loop.step_loss
+
+    def broken(terms, *, counts):
+        loss = honest(terms, counts=counts)
+        return loss + ((loss - loss.detach()) ** 2).sqrt()
+
+    monkeypatch.setattr(loop, "step_loss", broken)
+    with pytest.raises(DivergedError, match="gradient norm is nan at step 1"):
+        list(loop.train_worker(train=tiny_train(), inputs=tiny_inputs(tmp_path), trial=tmp_path / "trial"))
+    assert not (tmp_path / "trial" / "checkpoints").exists()

@@ -75,6 +75,8 @@ class LocalEngine:
 
     def step(self, *, learning_rate: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
+        if not torch.isfinite(norm):
+            return float(norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
