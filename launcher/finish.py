@@ -222,16 +222,15 @@ def assemble(
             "weights": list(merge.trial_weights(2)),
         }
     else:
-        chosen = None
-        if delivered is not None:
-            models.append(
-                model_entry(run=folder, name=delivered, role="control", label="best single trial", folder=folder / "merged", parents=())
-            )
+        chosen, parents = None, []
+    if delivered is not None and delivered not in {model["name"] for model in models}:
+        models.append(
+            model_entry(run=folder, name=delivered, role="control", label="best single trial", folder=folder / "merged", parents=parents)
+        )
     judged = folder / "merged" / "eval.json" if delivered is not None else folder / "baseline" / "eval.json"
     warnings += [fold_note(config), *(str(note) for note in read_json(judged)["notes"])]
     target = read_json(folder / "target.json")
-    sentence_facts = {"reason": result.reason, "best_parent": result.best_parent.name if result.best_parent else None,
-                      "pair_names": " and ".join(pair.trials) if pair else ""}  # fmt: skip
+    sentence_facts = {"reason": result.reason, "pair_names": " and ".join(pair.trials) if pair else ""}
     merged = next((model for model in models if model["role"] == "merged"), None)
     difference = ((merged or {}).get("difference_to_best_parent") or {}).get("final_score")
     return {

@@ -92,7 +92,6 @@ def verdict_sentence(*, pairs: Mapping[str, Any], models: Sequence[Mapping[str, 
         return f"No trial is alive, so no model was written: {pairs.get('reason') or 'every trial lost its utility or forgot nothing'}."
     if merged is None:
         return f"No pair could be merged ({pairs.get('reason')}); the best single trial, {delivered}, was written instead."
-    parent = pairs.get("best_parent")
     difference = (merged.get("difference_to_best_parent") or {}).get("final_score") or (merged.get("difference_to_best_parent") or {}).get(
         "task_aggregate"
     )
@@ -110,7 +109,7 @@ def verdict_sentence(*, pairs: Mapping[str, Any], models: Sequence[Mapping[str, 
             text += f"; the difference to its better parent, {bounds}, is within noise on documents that selection never saw"
     text += "."
     if delivered != "ties":
-        text += f" On the validation documents it did not beat {parent}, so {delivered} is the model in merged/."
+        text += f" On the validation documents {delivered} alone did better, so {delivered} is the model in merged/."
     return text
 
 
