@@ -243,7 +243,11 @@ def test_damaged_files_are_refused_by_name(inputs: TrialInputs, tmp_path: Path) 
         ("flipped", flip, rf"do not match its manifest\n  where: .*{ADAPTER}"),
         ("rewritten", rewrite, "do not match its manifest"),
         ("missing", lambda path: (path / ADAPTER).unlink(), "the checkpoint cannot be read"),
-        ("torn", lambda path: (path / OPTIMIZER).write_bytes((path / OPTIMIZER).read_bytes()[:50]), "the optimizer state does not match the manifest"),
+        (
+            "torn",
+            lambda path: (path / OPTIMIZER).write_bytes((path / OPTIMIZER).read_bytes()[:50]),
+            "the optimizer state does not match the manifest",
+        ),
         ("manifest", lambda path: (path / MANIFEST).write_text("{"), "not a JSON file"),
     ):
         with pytest.raises(InputError, match=message):
