@@ -292,7 +292,7 @@ def run_train(*, experiment: LoadedExperiment, out: Path | None = None) -> None:
 def _print_steps(steps: Iterator[dict[str, Any]], *, console: Console) -> None:
     for metrics in steps:
         signals: dict[str, float] = metrics.get("signals", {})
-        if signals or metrics["step"] == 1:
+        if signals or (metrics["step"] == 1 and "state" not in metrics):
             known = ", ".join(f"{name} {value:.3f}" for name, value in signals.items())
             console.line(
                 f"  step {metrics['step']} of {metrics['num_steps']}: loss {metrics['loss']:.4f}" + (f", {known}" if known else "")
