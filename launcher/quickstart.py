@@ -42,7 +42,8 @@ def run_quickstart(
         settings += [_setting(f"data.{key}", folder / part) for key, part in (("path", "lume"), ("mia", "mia"), ("mmlu", "mmlu"))]
     else:
         settings += [_setting("data.path", data), f"data.documents={documents or REAL_DOCUMENTS}"]
-        settings += ["data.mmlu_questions=48", "data.mmlu_max_words=40", "target.tiny.vocab_size=4096", "target.num_train_epochs=120"]
+        settings += ["data.mmlu_questions=48", "data.mmlu_max_words=40", "target.tiny.vocab_size=4096", "target.num_train_epochs=80"]
+        settings += ["target.min_knowledge=0.95", "target.min_regurgitation=0.95"]
         settings += [_setting("data.mia", mia), _setting("data.mmlu", mmlu)]
     with resources.as_file(resources.files("launcher") / "recipes" / "quickstart.yaml") as recipe:
         experiment = load_experiment(recipe, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ def small_experiment(data: Path, *, storage: Path | str, target: Path | None = N
         "seed": 42,
         "storage_path": str(storage),
         "model": {"model_name_or_path": None if target is None else str(target)},
-        "target": TARGET if target is None else None,
+        "target": copy.deepcopy(TARGET) if target is None else None,
         "data": {"path": str(data / "lume"), "mia": str(data / "mia"), "mmlu": str(data / "mmlu")},
         "train": {
             "objective": {
@@ -170,20 +171,26 @@ class Command:
         return self.output.read_text(errors="replace")
 
 
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return process.name()
+    return ""
+
+
 def _is_alive(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
-def wait_for_end(command: Command, *, limit_s: float) -> None:
-    """Wait until every process that a command started is gone by itself.
+def wait_for_end(command: Command, *, limit_s: float, but: Sequence[str] = ()) -> None:
+    """Wait until every process that a command started is gone by itself, but for those with a part of a name.
 
     Raises:
         AssertionError: naming those that are not.
     """
     deadline = time.monotonic() + limit_s
-    while left := command.others():
+    while left := [process for process in command.others() if not any(part in _name(process) for part in but)]:
         assert time.monotonic() < deadline, f"alive {limit_s:g} s after the command: {left}"
         time.sleep(0.2)
 
