@@ -5,14 +5,15 @@ Shape suffixes: B rows, T positions, N chosen positions, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainers.scoring import measuring
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def split_model(model: Any, *, device: str) -> SplitModel:
         return whole
     split = SplitModel(decoder=decoder, head=head, takes_positions=_takes_positions(decoder))
     ids = torch.tensor([[1, 2]], device=device)
-    with inference(model):
+    with measuring(model):
         expected, _ = whole.run(ids_BT=ids, mask_BT=torch.ones_like(ids))
         states, _ = split.run(ids_BT=ids, mask_BT=torch.ones_like(ids))
         actual = split.logits(states)
@@ -69,18 +70,6 @@ def split_model(model: Any, *, device: str) -> SplitModel:
 
 def _takes_positions(module: Any) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
-
-
-@contextlib.contextmanager
-def inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; a model that was training goes on training afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from eval.cleanup import clean_up
-from eval.forward import SplitModel, inference, pad_token_id, split_model
+from eval.forward import SplitModel, pad_token_id, split_model
 from trainers.errors import InputError
 from trainers.modeling import context_length
+from trainers.scoring import measuring
 
 Stop = Callable[[int, list[int]], bool]
 """(row index, ids generated so far) -> whether the row needs no more tokens."""
@@ -104,7 +105,7 @@ def greedy(
     results: list[list[int]] = [[] for _ in prompts]
     ends = stop_ids(model, tokenizer)
     split = split_model(model, device=device)
-    with inference(model):
+    with measuring(model):
         for group in _groups([len(prompt) for prompt in prompts], limits, batch_tokens=batch_tokens):
             _decode(split, prompts, limits, results, group=group, ends=ends, pad=pad_token_id(tokenizer), device=device, stop=stop)
     return results
@@ -181,7 +182,7 @@ def generate_alone(*, model: Any, tokenizer: Any, prompt: Sequence[int], max_new
     """One prompt by the model's own ``generate``, as the benchmark calls it: greedy, with whatever the checkpoint's generation
     configuration adds (a repetition penalty or further stop ids take effect)."""
     ids_BT = torch.tensor([list(prompt)], device=device)
-    with inference(model):
+    with measuring(model):
         output = model.generate(
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.forward import SplitModel, inference, pad_token_id, split_model
+from eval.forward import SplitModel, pad_token_id, split_model
 from eval.mmlu import LETTERS, MmluData, Question, as_pandas_reads, mmlu_prompt
 from trainers.data.encode import encode_prompt
 from trainers.errors import InputError
 from trainers.modeling import context_length
+from trainers.scoring import measuring
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def mmlu_accuracy(
     prompts = [_encode(index, question, data, tokenizer, shots=shots, limit=limit) for index, question in enumerate(questions)]
     split = split_model(model, device=device)
     chosen: dict[int, int] = {}
-    with inference(model):
+    with measuring(model):
         if official:
             groups = [[prompt] for prompt in prompts]
         else:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from eval.forward import inference, pad_token_id, split_model
+from eval.forward import pad_token_id, split_model
 from trainers.data.batches import batches_by_length, collate
 from trainers.data.encode import EncodedRow, encode_text
 from trainers.data.types import Document
 from trainers.errors import InputError
 from trainers.modeling import context_length
+from trainers.scoring import measuring
 
 _HEAD_CHUNK = 1024
 """Scored positions whose logits exist at the same time: with OLMo's vocabulary 0.2 GB in float32."""
@@ -70,7 +71,7 @@ def score_rows(*, model: Any, tokenizer: Any, rows: Sequence[EncodedRow], batch_
     if not scored:
         return [score for score in scores if score is not None]
     split = split_model(model, device=device)
-    with inference(model):
+    with measuring(model):
         for group in batches_by_length([rows[index] for index in scored], batch_tokens=batch_tokens):
             members = [scored[position] for position in group]
             batch = collate([rows[index] for index in members], pad_token_id=pad_token_id(tokenizer)).to(device)

@@ -5,6 +5,8 @@ Shape suffixes: B rows, T positions, N scored tokens, D hidden size, V vocabular
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,3 +73,15 @@ def freeze_all_but(model: ScoringModel, *, trainable: bool) -> None:
 def set_step_seed(*, seed: int, step: int, rank: int) -> None:
     """Seed dropout for one step from (seed, step, rank), so that a resumed step draws what the first try drew."""
     torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % (2**63))
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; a model that was training goes on training afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -16,8 +16,8 @@ from trainers.config import TrainConfig
 from trainers.data.batches import Batch
 from trainers.engine.base import TrainingState
 from trainers.engine.ds_config import deepspeed_config
-from trainers.engine.local import check_state_fits, measuring
-from trainers.scoring import ScoringModel
+from trainers.engine.local import check_state_fits
+from trainers.scoring import ScoringModel, measuring
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -11,22 +11,10 @@ from torch import Tensor, nn
 from trainers.data.batches import Batch
 from trainers.engine.base import TrainingState
 from trainers.errors import InputError
-from trainers.scoring import ScoringModel
+from trainers.scoring import ScoringModel, measuring
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
-
-
-@contextlib.contextmanager
-def measuring(model: ScoringModel) -> Iterator[None]:
-    """Evaluation mode without gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 @contextlib.contextmanager
