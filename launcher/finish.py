@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config import ExperimentConfig
 from launcher.data import PreparedData
 from launcher.results import LABELS, gather_trials, model_entry, read_results, verdict_sentence, write_results
-from launcher.scoring import evaluate_folder
+from launcher.scoring import evaluate_fold, evaluate_folder
 from launcher.search_space import TrialSpec
 from merging.config import MergeConfig
 from merging.in_memory import MergeSession
@@ -91,7 +91,7 @@ def candidates_of(trials: list[dict[str, Any]], *, run: Path) -> list[Candidate]
 def find_pair(run: Run, *, config: ExperimentConfig, data: PreparedData, trials: list[dict[str, Any]], target: Path) -> PairSearchResult:
     """Search the pair and write ``pairs.json``; measurements of an earlier start are reused."""
     from eval.mia import mia_score
-    from eval.runner import evaluate, loss_only
+    from eval.runner import loss_only
     from trainers.modeling import load_model, load_tokenizer
 
     candidates = candidates_of(trials, run=run.folder)
@@ -117,17 +117,7 @@ def find_pair(run: Run, *, config: ExperimentConfig, data: PreparedData, trials:
 
     def full(pair: Pair, merge: MergeConfig, name: str) -> Mapping[str, float | None]:
         apply(pair, merge)
-        return evaluate(
-            model=model,
-            tokenizer=tokenizer,
-            data=data.folds[fold],
-            attack=data.attack_of(fold),
-            mmlu=data.mmlu_of(fold),
-            config=config.eval,
-            fold=fold,
-            model_name=name,
-            device=device,
-        ).scores
+        return evaluate_fold(model, tokenizer=tokenizer, config=config, data=data, fold=fold, name=name, device=device).scores
 
     path = run.folder / MEASUREMENTS
     result = search_pairs(

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.config import ExperimentConfig
 from launcher.data import PreparedData
 
+if TYPE_CHECKING:
+    from eval.report import EvalReport
+
 FOLD_FILES = {"validation": "validation.json", "test": "eval.json"}
 """Selection reads the first, final numbers come from the second."""
+
+
+def evaluate_fold(
+    model: Any, *, tokenizer: Any, config: ExperimentConfig, data: PreparedData, fold: str, name: str, device: str = "cpu"
+) -> EvalReport:
+    """Everything that an experiment measures of a model, on one fold."""
+    from eval.runner import evaluate
+
+    return evaluate(
+        model=model,
+        tokenizer=tokenizer,
+        data=data.folds[fold],
+        attack=data.attack_of(fold),
+        mmlu=data.mmlu_of(fold),
+        config=config.eval,
+        fold=fold,
+        model_name=name,
+        device=device,
+    )
 
 
 def evaluate_folds(
@@ -26,23 +48,12 @@ def evaluate_folds(
 ) -> None:
     """Score a model on each fold and write its report; a fold that already has one is left alone."""
     from eval.report import write_report
-    from eval.runner import evaluate
 
     for fold in folds:
         path = Path(folder) / FOLD_FILES[fold]
         if path.exists():
             continue
-        report = evaluate(
-            model=model,
-            tokenizer=tokenizer,
-            data=data.folds[fold],
-            attack=data.attack_of(fold),
-            mmlu=data.mmlu_of(fold),
-            config=config.eval,
-            fold=fold,
-            model_name=name,
-            device=device,
-        )
+        report = evaluate_fold(model, tokenizer=tokenizer, config=config, data=data, fold=fold, name=name, device=device)
         write_report(report, path)
 
 

@@ -56,7 +56,6 @@ def save_checkpoint(
     train: TrainConfig,
     facts: dict[str, Any],
     model_files: Path,
-    keep_optimizer: bool = True,
 ) -> Path:
     """Write one checkpoint atomically; only rank 0 calls it.
 
@@ -83,9 +82,8 @@ def save_checkpoint(
             config.pop("torch_dtype", None)
             write_json(folder / "config.json", config)
             weights_file = WEIGHTS
-        if keep_optimizer:
-            moments = {f"{key}/{name}": value for key in ("exp_avg", "exp_avg_sq") for name, value in getattr(state, key).items()}
-            save_file({name: value.contiguous() for name, value in moments.items()}, folder / OPTIMIZER)
+        moments = {f"{key}/{name}": value for key in ("exp_avg", "exp_avg_sq") for name, value in getattr(state, key).items()}
+        save_file({name: value.contiguous() for name, value in moments.items()}, folder / OPTIMIZER)
         write_json(
             folder / MANIFEST,
             {
@@ -96,7 +94,7 @@ def save_checkpoint(
                 "weights_sha256": sha256_file(folder / weights_file),
                 "train_hash": sha256_json(train.model_dump(mode="json")),
                 "train": train.model_dump(mode="json"),
-                "optimizer_sha256": sha256_file(folder / OPTIMIZER) if keep_optimizer else None,
+                "optimizer_sha256": sha256_file(folder / OPTIMIZER),
                 **facts,
             },
         )

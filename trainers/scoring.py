@@ -64,12 +64,6 @@ def connect_to_graph(value: Tensor, *, hidden_ND: Tensor, logits_NV: Tensor) -> 
     return value + 0.0 * (hidden_ND.float().sum() + logits_NV.float().sum())
 
 
-def freeze_all_but(model: ScoringModel, *, trainable: bool) -> None:
-    """Switch gradients of all parameters on or off."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(trainable)
-
-
 def set_step_seed(*, seed: int, step: int, rank: int) -> None:
     """Seed dropout for one step from (seed, step, rank), so that a resumed step draws what the first try drew."""
     torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % (2**63))
