@@ -94,12 +94,18 @@ def doctor(cluster: Annotated[bool, typer.Option("--cluster", help="Look at the 
 
 @app.command(epilog="Example: unlearn init --template olmo-1b --cluster slurm")
 def init(
-    template: Annotated[str, typer.Option(metavar="NAME", help="Template, such as quickstart, olmo-1b or olmo-7b.")],
-    cluster: Annotated[Cluster | None, typer.Option(help="Also write a cluster file of this kind.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Template, such as olmo-1b or zjuklab; without it all are listed.", show_default=False),
+    ] = None,
+    cluster: Annotated[Cluster | None, typer.Option(help="Write a cluster file of this kind, too.")] = None,
 ) -> None:
     """Write a commented YAML file, and if asked a cluster file, to start from. Existing files are left alone."""
-    from launcher.templates import write_template
+    from launcher.templates import template_listing, write_template
 
+    if template is None and cluster is None:
+        print(template_listing())
+        return
     for path in write_template(template, cluster=cluster.value if cluster else None, folder=Path()):
         print(f"wrote {path}")
 

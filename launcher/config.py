@@ -55,8 +55,8 @@ class DataConfig(Frozen):
     path: str | None = Field(None, description="folder in LUME layout: forget.jsonl, retain.jsonl (or parquet, CSV), optional splits.json")
     forget: str | None = Field(None, description="file of the forget set, where there is no folder")
     retain: str | None = Field(None, description="file of the retain set, where there is no folder")
-    columns: dict[Literal["id", "input", "output", "task"], str] = Field(
-        default_factory=dict, description="the file's column for each of id, input, output, task, where it is named otherwise"
+    columns: dict[Literal["id", "input", "output", "task", "alternative"], str] = Field(
+        default_factory=dict, description="the file's column for each of id, input, output, task, alternative, where it is named otherwise"
     )
     mia: str | None = Field(None, description="folder with member.jsonl and nonmember.jsonl; null leaves the membership attack out")
     mmlu: str | None = Field(None, description="folder with dev/*_dev.csv and test/*_test.csv; null leaves MMLU out")

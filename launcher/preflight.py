@@ -1,4 +1,4 @@
-"""What can be known before anything is computed: that every text fits the model."""
+"""What can be known before anything is computed: that every text and every trial fits the model."""
 
 from __future__ import annotations
 
@@ -53,6 +53,40 @@ def check_texts(config: ExperimentConfig, *, data: PreparedData, trains: Sequenc
         validation = data.folds["validation"]
         rows = (*data.training.forget, *data.training.retain, *validation.forget, *validation.retain)
         encode_records(rows, tokenizer=tokenizer, max_length=length)
+    check_trials(config, data=data, trains=trains, tokenizer=tokenizer)
+
+
+def check_trials(config: ExperimentConfig, *, data: PreparedData, trains: Sequence[TrainConfig], tokenizer: Any) -> None:
+    """Refuse trials that name modules or layers which the target has not, or that lack answers to prefer.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    from trainers.loop import check_trial
+    from trainers.trial_rows import check_alternatives
+
+    seen = set()
+    for train in trains:
+        check_alternatives(data.training.forget, train=train)
+        settings = str((train.lora, train.trainable, train.objective.name, train.objective.layer))
+        if settings not in seen:
+            seen.add(settings)
+            check_trial(_target_skeleton(config, tokenizer=tokenizer), train=train)
+
+
+def _target_skeleton(config: ExperimentConfig, *, tokenizer: Any) -> Any:
+    """The target without weights, also of a target that is still to be built."""
+    import torch
+
+    from trainers.modeling import model_skeleton
+    from trainers.tiny import build_tiny_olmo
+
+    path = config.model.model_name_or_path or (config.target.base if config.target else None)
+    if path is not None:
+        return model_skeleton(path)
+    assert config.target is not None, "checked by the configuration"
+    with torch.device("meta"):
+        return build_tiny_olmo(config.target.tiny, tokenizer=tokenizer, seed=config.target.seed)
 
 
 def _target_tokenizer(config: ExperimentConfig, *, data: PreparedData) -> tuple[Any, int]:

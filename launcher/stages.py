@@ -56,10 +56,12 @@ def obtain_target(run: Run, *, config: ExperimentConfig, data: PreparedData) -> 
     Raises:
         InputError: if the model is not the one that an earlier start of the run went out from.
     """
+    from trainers.checkpoint import check_finite
     from trainers.modeling import check_model_folder
 
     if config.model.model_name_or_path is not None:
         folder = check_model_folder(config.model.model_name_or_path)
+        check_finite(folder)
         manifest = read_json(folder / TARGET_MANIFEST) if (folder / TARGET_MANIFEST).exists() else {}
         run.console.line(f"  given: {folder}")
     else:
@@ -131,7 +133,7 @@ def prepare_trials(run: Run, *, config: ExperimentConfig, data: PreparedData, sp
     """Write what trials read: their configurations, the plan, and the reference of the target."""
     import yaml
 
-    from trainers.loop import prepare_reference
+    from trainers.loop import prepare_reference, reference_setting
 
     target_hash = weights_hash(target)
     for spec in specs:
@@ -146,8 +148,7 @@ def prepare_trials(run: Run, *, config: ExperimentConfig, data: PreparedData, sp
         target_hash=target_hash,
     )
     inputs = trial_inputs(run=run.folder, data=data, target=target, target_hash=target_hash)
-    # Whatever determines the reference is searched at most as one of these.
-    for train in {(spec.config.engine.dtype, spec.config.forget_scope, spec.config.max_length): spec.config for spec in specs}.values():
+    for train in {reference_setting(spec.config): spec.config for spec in specs}.values():
         prepare_reference(inputs, train=train)
 
 
@@ -236,8 +237,35 @@ def print_plan(
         f"  engine       {engine.name}" + (f" ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else "") + f", {engine.dtype}"
     )
     console.line(f"  resources    {plan.why}")
+    for memory in predict_trials(config, data=data, specs=specs, on_gpu=plan.gpus_per_trial > 0):
+        console.line(f"  memory       {memory}")
     for spec in specs:
         console.line(f"  {spec.name}     {settings(spec.overrides) or 'defaults'}")
+
+
+def predict_trials(config: ExperimentConfig, *, data: PreparedData, specs: tuple[TrialSpec, ...], on_gpu: bool) -> list[str]:
+    """What the trials are expected to take of each rank's device, one line where all take the same; no weights are loaded.
+
+    Nothing is said of a target that is still to be built from scratch: there is no tokenizer yet.
+    """
+    import torch
+
+    from trainers.memory_plan import memory_setting, predict_memory
+
+    target = config.model.model_name_or_path or (config.target.base if config.target else None)
+    if target is None:
+        return []
+    inputs = trial_inputs(run=config.run_folder, data=data, target=Path(target).expanduser(), target_hash="")
+    capacity = torch.cuda.mem_get_info()[1] if on_gpu else None
+    alike = {memory_setting(spec.config): spec.config for spec in specs}
+    found: dict[str, list[str]] = {}
+    for setting, train in alike.items():
+        try:
+            text = str(predict_memory(inputs, train=train, device="cuda" if on_gpu else "cpu", capacity_bytes=capacity))
+        except InputError as error:
+            text = f"not predicted: {error.what}"
+        found.setdefault(text, []).extend(spec.name for spec in specs if memory_setting(spec.config) == setting)
+    return list(found) if len(found) == 1 else [f"{', '.join(sorted(names))}: {text}" for text, names in found.items()]
 
 
 def validate_experiment(*, experiment: LoadedExperiment, resolved: bool = False) -> None:

@@ -10,6 +10,8 @@ from trainers.files import write_text
 
 RECIPES = Path(__file__).parent / "recipes"
 _CLUSTER = "cluster-"
+_PUBLISHED = "# Source:"
+"""Begins a line of every experiment that reproduces a published system, and of no other."""
 
 
 def template_names() -> list[str]:
@@ -17,13 +19,39 @@ def template_names() -> list[str]:
     return sorted(file.stem for file in RECIPES.glob("*.yaml") if not file.name.startswith(_CLUSTER))
 
 
+def template_descriptions(*, published: bool) -> dict[str, str]:
+    """Name and first line of the templates that reproduce a published system, or of the others."""
+    texts = {name: (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines() for name in template_names()}
+    return {
+        name: lines[0].removeprefix("#").strip()
+        for name, lines in texts.items()
+        if any(line.startswith(_PUBLISHED) for line in lines) == published
+    }
+
+
+def template_listing() -> str:
+    """Every template with its description, grouped."""
+    groups = {"Start here:": False, "Published systems (each file lists its deviations):": True}
+    blocks = []
+    for title, published in groups.items():
+        found = template_descriptions(published=published)
+        width = max(map(len, found), default=0)
+        blocks.append("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in found.items())]))
+    return "\n\n".join([*blocks, "unlearn init --template NAME writes one of them into this folder."])
+
+
 def cluster_files() -> dict[str, Path]:
     """The cluster file of each kind."""
     return {file.stem.removeprefix(_CLUSTER): file for file in sorted(RECIPES.glob(f"{_CLUSTER}*"))}
 
 
-def write_template(name: str, *, cluster: str | None = None, folder: Path) -> list[Path]:
+def write_template(name: str | None, *, cluster: str | None = None, folder: Path) -> list[Path]:
     """Write a template as ``NAME.yaml``, and a cluster file if asked for one, into a folder.
+
+    Args:
+        name: the template; None writes the cluster file alone.
+        cluster: kind of the cluster file.
+        folder: where to write.
 
     Returns:
         The files written.
@@ -32,13 +60,13 @@ def write_template(name: str, *, cluster: str | None = None, folder: Path) -> li
         InputError: if there is no such template or cluster kind, or a file of that name exists; then nothing is written.
     """
     names, kinds = template_names(), cluster_files()
-    if name not in names:
+    if name is not None and name not in names:
         raise InputError(f'no template "{name}"{nearest(name, names)}', where="--template", fix=f"use one of {', '.join(names)}")
     if cluster is not None and cluster not in kinds:
         raise InputError(
             f'no cluster file "{cluster}"{nearest(cluster, list(kinds))}', where="--cluster", fix=f"use one of {', '.join(kinds)}"
         )
-    sources = [RECIPES / f"{name}.yaml"] + ([kinds[cluster]] if cluster else [])
+    sources = ([RECIPES / f"{name}.yaml"] if name else []) + ([kinds[cluster]] if cluster else [])
     targets = [folder / source.name for source in sources]
     taken = [str(target) for target in targets if target.exists()]
     if taken:

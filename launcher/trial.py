@@ -160,7 +160,7 @@ def _run_trial(task: TrialTask, *, rank: Rank) -> Iterator[dict[str, Any]]:
             _evaluate_trial(task, config=config, data=data, target=Path(plan["target"]), device=rank.device)
             note(state="finished", ended=time.time())
     except DivergedError as error:
-        note(state="stopped", error=error.what, ended=time.time())
+        note(state="stopped", error=f"{error.what}; {error.fix}" if error.fix else error.what, ended=time.time())
     except UserFacingError as error:
         if not leads:
             raise

@@ -282,8 +282,9 @@ QUESTIONS_PER_ROW = 6
 def _train(config: MemorizeConfig, *, engine: Engine, rows: _Rows, say: Callable[[str], None]) -> tuple[Memorised, int]:
     import numpy as np
 
-    from trainers.data.batches import batches_by_length, collate
-    from trainers.objectives.log_probs import token_log_probs
+    from trainers.data.batches import batches_by_length
+    from trainers.data.packing import pack
+    from trainers.scoring import Request, Segment
 
     pad = int(rows.tokenizer.pad_token_id)
     step = 0
@@ -294,9 +295,9 @@ def _train(config: MemorizeConfig, *, engine: Engine, rows: _Rows, say: Callable
         num_steps = len(groups) * config.num_train_epochs
         for index in np.random.default_rng([config.seed, 2, epoch]).permutation(len(groups)).tolist():
             step += 1
-            batch = collate([everything[row] for row in groups[index]], pad_token_id=pad)
-            _, logits_NV = engine.forward(batch)
-            loss = -token_log_probs(logits_NV, label_N=batch.label_N.to(logits_NV.device)).mean()
+            batch = pack([everything[row] for row in groups[index]], pad_token_id=pad, max_groups=engine.model.max_groups)
+            scores = engine.forward(batch, Request((Segment(0, batch.first_evaluated[-1]),)))
+            loss = -scores.segments[0].log_prob_N.mean()
             if not math.isfinite(float(loss.detach())):
                 raise RunError(f"memorising diverged at step {step}: the loss is {float(loss.detach())}", fix="lower target.learning_rate")
             engine.backward(loss, last=True)

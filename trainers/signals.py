@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainers.data.batches import batches_by_length, collate
+import torch
+
+from trainers.data.batches import batches_by_length
 from trainers.data.encode import EncodedRow, PackedRow
+from trainers.data.packing import pack
 from trainers.engine.base import Engine
-from trainers.objectives.log_probs import token_log_probs
 
 BATCH_TOKENS = 4096
 
@@ -44,18 +46,16 @@ def row_sums(engine: Engine, *, rows: Sequence[EncodedRow | PackedRow], pad_toke
         for start in range(0, len(groups), engine.world_size):
             # A rank without a group of its own still takes part in the pass, with an empty batch.
             group = groups[start + engine.rank] if start + engine.rank < len(groups) else []
-            batch = collate([rows[index] for index in group], pad_token_id=pad_token_id)
-            _, logits_NV = engine.forward(batch)
-            label_N = batch.label_N.to(logits_NV.device)
-            log_probs = token_log_probs(logits_NV, label_N=label_N).double().cpu()
-            correct = (logits_NV.argmax(dim=1) == label_N).cpu() if len(label_N) else label_N.cpu()
+            batch = pack([rows[index] for index in group], pad_token_id=pad_token_id, max_groups=engine.model.max_groups)
+            log_prob_N, is_argmax_N = engine.measure(batch)
+            log_probs, correct = log_prob_N.double().cpu(), is_argmax_N.cpu()
             for position, index in enumerate(group):
-                mine = batch.row_N == position
-                flat[3 * index] = float(log_probs[mine].sum())
-                flat[3 * index + 1] = float(correct[mine].sum())
-                flat[3 * index + 2] = float(mine.sum())
-    flat = engine.sum(flat)
-    return [RowSums(flat[3 * i], round(flat[3 * i + 1]), round(flat[3 * i + 2])) for i in range(len(rows))]
+                own = slice(batch.first_evaluated[position], batch.first_evaluated[position + 1])
+                flat[3 * index] = float(log_probs[own].sum())
+                flat[3 * index + 1] = float(correct[own].sum())
+                flat[3 * index + 2] = float(own.stop - own.start)
+    totals = engine.sum(torch.tensor(flat, dtype=torch.float64))
+    return [RowSums(totals[3 * i], round(totals[3 * i + 1]), round(totals[3 * i + 2])) for i in range(len(rows))]
 
 
 def measure_signals(engine: Engine, *, rows: SignalRows, pad_token_id: int) -> dict[str, float]:

@@ -267,7 +267,7 @@ def facts(run: Path) -> dict[str, Any]:
 def assert_same_facts(actual: Path, expected: Path) -> None:
     """Fail with the first difference between two runs, in few words."""
     ours, theirs = facts(actual), facts(expected)
-    assert sorted(ours) == sorted(theirs)
+    assert sorted(ours) == sorted(theirs), f"only one of them has {sorted(set(ours) ^ set(theirs))}"
     for name in ours:
         assert ours[name] == theirs[name], f"{name} differs"
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from trainers.engine.local import LocalEngine
@@ -16,11 +17,11 @@ Result = TypeVar("Result")
 
 
 class Meeting:
-    """Where the threads exchange values; every one of them must come, or all fail after ten seconds."""
+    """Where the threads exchange values; every one of them must come, or all fail after a minute."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._barrier = threading.Barrier(world_size, timeout=10)
+        self._barrier = threading.Barrier(world_size, timeout=60)
         self._values: list[Any] = [None] * world_size
 
     def gather(self, value: Any, *, rank: int) -> list[Any]:
@@ -45,14 +46,22 @@ class ThreadEngine(LocalEngine):
         self._meeting = meeting
         self.gradient: dict[str, Tensor] = {}
 
-    def sum(self, values: list[float]) -> list[float]:
-        return [sum(column) for column in zip(*self._meeting.gather(values, rank=self.rank), strict=True)]
+    def sum(self, values: Tensor) -> list[float]:
+        total = values.double().clone()
+        self.sum_tensors([total])
+        return total.tolist()
+
+    def sum_tensors(self, tensors: list[Tensor]) -> None:
+        everyone = self._meeting.gather([value.clone() for value in tensors], rank=self.rank)
+        for value, *parts in zip(tensors, *everyone, strict=True):
+            value.copy_(torch.stack(parts).sum(dim=0))
 
     def step(self, *, learning_rate: float) -> float:
-        mine = {name: value.grad.clone() for name, value in self.model.trainable().items() if value.grad is not None}
-        everyone = self._meeting.gather(mine, rank=self.rank)
-        self.gradient = {name: sum(part[name] for part in everyone[1:]) + everyone[0][name] for name in mine}
-        for name, value in self.model.trainable().items():
+        # A rank whose rows do not reach a parameter adds zero to the others' gradient.
+        trainable = self.model.trainable()
+        self.gradient = {name: torch.zeros_like(value) if value.grad is None else value.grad.clone() for name, value in trainable.items()}
+        self.sum_tensors(list(self.gradient.values()))
+        for name, value in trainable.items():
             value.grad = self.gradient[name].clone()
         return super().step(learning_rate=learning_rate)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from trainers.config import EngineConfig, LoraConfig, ObjectiveConfig, TrainConfig
+from trainers.data.encode import EncodedRow
 from trainers.data.types import AttackDocuments, Document, ForgetRetain, Record
 from trainers.loop import TrialInputs
 from trainers.memorize import weights_hash
@@ -71,3 +75,50 @@ def tiny_train(**changes) -> TrainConfig:
         "checkpoints": 2,
     }
     return TrainConfig(**{**defaults, **changes})
+
+
+def random_lm(kind: str = "olmo", *, seed: int = 0, dtype: torch.dtype = torch.float64, **config: Any) -> Any:
+    """A causal language model of some architecture with 40 tokens, two small layers and random weights large enough to matter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **config})).to(dtype).eval()
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(0.2 * torch.randn(value.shape, dtype=dtype))
+    if kind == "olmo" and dtype == torch.float64:
+        _norm_in_float64(model)
+    return model
+
+
+def _norm_in_float64(model: Any) -> None:
+    """OLMo norms in float32 whatever its dtype is, and so rounds gradients that are equal in theory to different neighbours."""
+    from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
+
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, OlmoLayerNorm):
+                setattr(module, name, torch.nn.LayerNorm(child.normalized_shape, elementwise_affine=False, dtype=torch.float64))
+
+
+def random_rows(*lengths: int, seed: int = 0, vocab_size: int = 40) -> list[EncodedRow]:
+    """Rows of random tokens without the pad token; about half of each is scored."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        EncodedRow(
+            f"row{index}", tuple(torch.randint(3, vocab_size, (length,), generator=generator).tolist()), num_prompt=max(1, length // 2)
+        )
+        for index, length in enumerate(lengths)
+    ]

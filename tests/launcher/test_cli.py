@@ -15,6 +15,7 @@ import pytest
 
 from launcher import cli, doctor
 from launcher.cli import expand_weights, main
+from launcher.templates import template_names
 from trainers.errors import RunError, SetupError
 
 COMMANDS = ["quickstart", "doctor", "init", "validate", "memorize", "train", "sweep", "merge", "eval", "report", "status"]
@@ -126,6 +127,7 @@ BAD = [
     (["merge", "--base", "b", "--trial", "t", "--trial", "u", "--out", "o", "--method", "tie"], ["--method", 'did you mean "ties"?']),
     (["merge", "--base", "b", "--trial", "t", "--trial", "u", "--out", "o", "--weights", "1"], ["1 weights for 2 trials"]),
     (["merge", "--base", "b", "--trial", "t", "--trial", "u", "--out", "o", "--weights", "1", "-2"], ["negative weights"]),
+    (["init", "--template", "zjuklb"], ['did you mean "zjuklab"?', "ails-ntua", "zjuklab-under"]),
 ]
 
 
@@ -254,6 +256,27 @@ def test_init_writes_into_the_current_folder(capsys: pytest.CaptureFixture[str],
     code, out, _ = run(capsys, "init", "--template", "quickstart", "--cluster", "k8s")
     assert (code, out.split()) == (0, ["wrote", "quickstart.yaml", "wrote", "cluster-k8s.yaml"])
     assert run(capsys, "init", "--template", "quickstart")[0] == 2
+
+
+def test_init_without_a_template_lists_them_all_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "init")
+    assert (code, err) == (0, "")
+    for name in template_names():
+        assert sum(line.split()[:1] == [name] for line in out.splitlines()) == 1
+    assert out.index("Start here") < out.index("quickstart") < out.index("Published systems") < out.index("zjuklab")
+    assert os.listdir(tmp_path) == []
+    assert "without it all are listed" in " ".join(run(capsys, "init", "--help")[1].split())
+
+
+def test_init_writes_a_preset_or_a_cluster_file_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "init", "--template", "zjuklab")[1] == "wrote zjuklab.yaml\n"
+    assert run(capsys, "init", "--cluster", "slurm")[1] == "wrote cluster-slurm.sh\n"
 
 
 # ---- doctor

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.helpers.tiny_trial import tiny_records
-from trainers.data.encode import EncodedRow, encode_prompt, encode_record, encode_records, encode_text, whole_document
+from trainers.data.encode import (
+    EncodedRow,
+    PackedRow,
+    encode_prompt,
+    encode_record,
+    encode_records,
+    encode_text,
+    evaluated_row,
+    whole_document,
+)
 from trainers.data.types import Record
 from trainers.errors import InputError
 from trainers.tiny import train_tokenizer
@@ -83,3 +94,41 @@ def test_a_whole_document_scores_its_prompt_too(tokenizer) -> None:
     whole = whole_document(row)
     assert (whole.row_id, whole.input_ids) == (row.row_id, row.input_ids)
     assert list(whole.scored) == list(range(1, len(row.input_ids)))
+
+
+# --- what is looked at beside what is scored ---
+
+
+@given(num_prompt=st.integers(1, 9), num_scored=st.integers(0, 9), pad_to=st.integers(0, 25))
+def test_looking_at_a_whole_row_changes_neither_its_tokens_nor_what_is_scored(num_prompt: int, num_scored: int, pad_to: int) -> None:
+    """All tokens but the first are evaluated, the padding that fills the row up among them; a row that is long enough gets none."""
+    row = EncodedRow("a", tuple(range(10, 10 + num_prompt + num_scored)), num_prompt)
+    wide = evaluated_row(row, pad_to=pad_to, pad_token_id=3)
+    assert wide.input_ids == row.input_ids + (3,) * max(0, pad_to - len(row.input_ids))
+    assert list(wide.scored) == list(row.scored)
+    assert wide.num_scored == row.num_scored == num_scored
+    assert list(wide.evaluated) == list(range(1, len(wide.input_ids)))
+    assert wide.num_padding == len(wide.input_ids) - len(row.input_ids)
+    assert (wide.row_id, wide.num_prompt) == (row.row_id, row.num_prompt)
+
+
+@given(num_prompt=st.integers(1, 9), num_scored=st.integers(0, 9), evaluate_from=st.none() | st.integers(1, 20), padding=st.integers(0, 4))
+def test_scored_tokens_are_among_the_evaluated_ones(num_prompt: int, num_scored: int, evaluate_from: int | None, padding: int) -> None:
+    """Wherever evaluation begins, the loss of a scored token can be computed."""
+    row = EncodedRow("a", tuple(range(num_prompt + num_scored + padding)), num_prompt, evaluate_from, padding)
+    assert set(row.scored) <= set(row.evaluated)
+    assert min(row.evaluated, default=1) >= 1, "the first token is predicted by none"
+    assert len(row.scored) == num_scored
+
+
+def test_without_a_wish_only_scored_tokens_are_evaluated() -> None:
+    row = EncodedRow("a", (7, 8, 9, 10), 2)
+    assert list(row.evaluated) == list(row.scored) == [2, 3]
+    packed = PackedRow("p", (7, 8, 9, 10), (1, 3))
+    assert list(packed.evaluated) == list(packed.scored) == [1, 3]
+
+
+def test_a_whole_document_forgets_what_else_was_looked_at() -> None:
+    """Scored from the second token on, it needs no other evaluation."""
+    row = whole_document(EncodedRow("a", (7, 8, 9, 10), 3))
+    assert (row.evaluate_from, row.num_padding, list(row.evaluated)) == (None, 0, [1, 2, 3])

@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers.tiny_trial import tiny_records, write_tiny_target
 from trainers import memorize as module
-from trainers.data import batches
+from trainers.data import packing
 from trainers.data.encode import EncodedRow, PackedRow, encode_record
 from trainers.data.types import ForgetRetain, Record
 from trainers.errors import InputError, RunError
@@ -44,15 +44,15 @@ class Built:
         self.out = out
         self.rows: list[EncodedRow | PackedRow] = []
         self.said: list[str] = []
-        honest = batches.collate
+        honest = packing.pack
 
-        def collate(rows, **keywords):
+        def pack(rows, **keywords):
             if torch.is_grad_enabled():
                 self.rows += rows
             return honest(rows, **keywords)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(batches, "collate", collate)
+            patch.setattr(packing, "pack", pack)
             self.manifest = build(out, progress=self.said.append)
 
 

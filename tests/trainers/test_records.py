@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,32 @@ def test_long_csv_cells_are_read_and_the_limit_of_the_csv_module_is_put_back(tmp
 def test_columns_may_have_other_names(tmp_path: Path, suffix: str) -> None:
     path = write_rows(tmp_path / f"rows.{suffix}", [{"key": "5qa0", "question": "Q?", "answer": "A", "group": "G", "extra": "x"}])
     assert load(path, id="key", input="question", output="answer", task="group") == (Record(id="5qa0", input="Q?", output="A", task="G"),)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_alternative_answer_is_read_where_there_is_one(tmp_path: Path, suffix: str) -> None:
+    """The column is optional, and so is every value of it: null, or an empty cell in CSV, is no alternative."""
+    rows = (replace(ODD[0], alternative=" another, with  spaces "), ODD[1])
+    assert load(write_rows(tmp_path / f"rows.{suffix}", rows)) == rows
+    assert [record.alternative for record in load(write_rows(tmp_path / f"without.{suffix}", [row()]))] == [None]
+
+
+def test_an_alternative_may_be_missing_from_a_row_but_not_be_of_another_type(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(value) + "\n" for value in (row(alternative="A"), row(id="8sc1"), row(id="9sc1", alternative=""))))
+    assert [record.alternative for record in load(path)] == ["A", None, None]
+    path.write_text(json.dumps(row(alternative=7)) + "\n")
+    with pytest.raises(InputError, match="the alternative is not a text but a number: 7"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_column_of_alternatives_may_have_another_name_and_must_then_be_there(tmp_path: Path, suffix: str) -> None:
+    path = write_rows(tmp_path / f"rows.{suffix}", [{"input": "Q?", "output": "A", "refusal": "no"}])
+    assert load(path, alternative="refusal")[0].alternative == "no"
+    assert load(path)[0].alternative is None
+    with pytest.raises(InputError, match=r"no column 'refusals' for the field 'alternative'; the nearest name is 'refusal'"):
+        load(path, alternative="refusals")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

@@ -16,9 +16,10 @@ from tests.helpers.tiny_trial import tiny_inputs, tiny_train
 from trainers import signals
 from trainers.data.encode import EncodedRow, PackedRow
 from trainers.engine.local import LocalEngine
-from trainers.loop import EncodedTrial, build_model, encode_trial
+from trainers.loop import build_model
 from trainers.scoring import ScoringModel
 from trainers.signals import RowSums, SignalRows, loss_auc, measure_signals, row_sums
+from trainers.trial_rows import EncodedTrial, encode_trial
 
 torch.set_num_threads(1)
 

@@ -1,94 +1,20 @@
-"""Which rows meet in which optimizer step, on which rank, in which micro-batch; and how they become tensors.
+"""How rows become tensors: packed without padding for training and signals, padded for generation.
 
-The order is a function of (seed, epoch, position) alone: a run that resumes, or that is spread over other ranks,
-sees the same rows in the same steps.
-
-Shape suffixes: B rows, T positions, N scored tokens.
+Shape suffixes: B rows, T positions, N scored or evaluated tokens, S tokens of all rows.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainers.data.encode import EncodedRow, PackedRow
-from trainers.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_FORGET, _RETAIN = 0, 1
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """The rows of one optimizer step, as indices into the forget and the retain rows."""
-
-    step: int
-    epoch: float
-    forget: tuple[int, ...]
-    retain: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The rows of one forward pass on one rank; both may be empty, because all ranks make equally many passes."""
-
-    forget: tuple[int, ...]
-    retain: tuple[int, ...]
-
-
-def _stream(num_rows: int, *, seed: int, side: int) -> Iterator[int]:
-    epoch = 0
-    while True:
-        yield from np.random.default_rng([seed, side, epoch]).permutation(num_rows).tolist()
-        epoch += 1
-
-
-def plan_steps(*, num_forget: int, num_retain: int, batch_size: int, num_epochs: float, seed: int) -> list[StepPlan]:
-    """The rows of every optimizer step.
-
-    An epoch is one pass over the forget set; its last step may be short. Each forget row is accompanied by one retain row
-    from a stream of its own, which goes on through the epochs, so that every retain row is used equally often.
-
-    Args:
-        num_forget: forget rows, > 0.
-        num_retain: retain rows; 0 leaves the retain side empty.
-        batch_size: (forget, retain) pairs per step over all ranks.
-        num_epochs: passes over the forget set; a fraction ends within a pass.
-        seed: order of both streams.
-
-    Raises:
-        InputError: if there is no forget row.
-    """
-    if num_forget < 1:
-        raise InputError("the forget set is empty", why="an epoch is one pass over it", fix="give at least one forget row")
-    steps_per_epoch = math.ceil(num_forget / batch_size)
-    num_steps = max(1, round(num_epochs * steps_per_epoch))
-    forget_stream = _stream(num_forget, seed=seed, side=_FORGET)
-    retain_stream = _stream(num_retain, seed=seed, side=_RETAIN) if num_retain else None
-    plans = []
-    for step in range(1, num_steps + 1):
-        position = (step - 1) % steps_per_epoch
-        size = min(batch_size, num_forget - position * batch_size)
-        forget = tuple(next(forget_stream) for _ in range(size))
-        retain = tuple(next(retain_stream) for _ in range(size)) if retain_stream else ()
-        plans.append(StepPlan(step=step, epoch=step / steps_per_epoch, forget=forget, retain=retain))
-    return plans
-
-
-def split_step(plan: StepPlan, *, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
-    """One rank's micro-batches of a step. Ranks get disjoint rows and equally many micro-batches, some of them empty."""
-    largest_share = math.ceil(max(len(plan.forget), len(plan.retain)) / world_size)
-    forget, retain = plan.forget[rank::world_size], plan.retain[rank::world_size]
-    starts = range(0, max(1, largest_share), micro_batch_size)
-    return [
-        MicroBatch(forget=forget[start : start + micro_batch_size], retain=retain[start : start + micro_batch_size]) for start in starts
-    ]
 
 
 @dataclass(frozen=True)

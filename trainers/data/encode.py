@@ -15,16 +15,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of a prompt followed by its answer and the end token; the answer part is scored."""
+    """Token ids of a prompt followed by its answer and the end token; the answer part is scored.
+
+    Args:
+        row_id: the record's id.
+        input_ids: prompt, answer, end token, and padding where the padding itself is to be looked at.
+        num_prompt: tokens before the first scored one, at least 1.
+        evaluate_from: index of the first token whose distribution is looked at; None: only scored tokens are.
+        num_padding: pad tokens at the end of ``input_ids``: never scored, evaluated if ``evaluate_from`` is given.
+    """
 
     row_id: str
     input_ids: tuple[int, ...]
     num_prompt: int
+    evaluate_from: int | None = None
+    num_padding: int = 0
 
     @property
     def scored(self) -> Sequence[int]:
         """Indices of the tokens that carry a loss: the answer's and the end token."""
-        return range(self.num_prompt, len(self.input_ids))
+        return range(self.num_prompt, len(self.input_ids) - self.num_padding)
+
+    @property
+    def evaluated(self) -> Sequence[int]:
+        """Indices of the tokens whose distribution is looked at; the scored ones are among them."""
+        return self.scored if self.evaluate_from is None else range(min(self.evaluate_from, self.num_prompt), len(self.input_ids))
 
     @property
     def num_scored(self) -> int:
@@ -39,6 +54,12 @@ class PackedRow:
     row_id: str
     input_ids: tuple[int, ...]
     scored: tuple[int, ...]
+    num_padding: int = 0
+
+    @property
+    def evaluated(self) -> Sequence[int]:
+        """Indices of the tokens whose distribution is looked at."""
+        return self.scored
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -78,6 +99,13 @@ def encode_records(records: Sequence[Record], *, tokenizer: PreTrainedTokenizerB
 def whole_document(row: EncodedRow) -> EncodedRow:
     """The same row with every token but the first scored: prompt and answer alike."""
     return EncodedRow(row_id=row.row_id, input_ids=row.input_ids, num_prompt=1)
+
+
+def evaluated_row(row: EncodedRow, *, pad_to: int = 0, pad_token_id: int = 0) -> EncodedRow:
+    """The same row with the distributions at all of its tokens but the first looked at, filled up to ``pad_to`` tokens with padding
+    that is looked at as well; what is scored stays as it is."""
+    padding = max(0, pad_to - len(row.input_ids))
+    return EncodedRow(row.row_id, row.input_ids + (pad_token_id,) * padding, row.num_prompt, evaluate_from=1, num_padding=padding)
 
 
 def encode_text(text: str, *, tokenizer: PreTrainedTokenizerBase) -> EncodedRow:

@@ -11,7 +11,7 @@ from trainers.data.types import FOLDS, AttackDocuments, Document, ForgetRetain, 
 from trainers.errors import InputError
 from trainers.files import read_json
 
-RECORD_FIELDS = ("id", "input", "output", "task")
+RECORD_FIELDS = ("id", "input", "output", "task", "alternative")
 DOCUMENT_FIELDS = ("id", "document")
 SETS = ("forget", "retain")
 
@@ -34,9 +34,9 @@ def load_records(source: Path | str, *, columns: Mapping[str, str] | None = None
     Args:
         source: a .jsonl, .json (one object per line), .csv or .parquet file, a folder that holds
             ``<set_name>.jsonl`` (or another of these types), or a hub data set "org/name" or "org/name:split".
-        columns: the source's column for each of our fields (id, input, output, task) that is named otherwise.
+        columns: the source's column for each of our fields (id, input, output, task, alternative) that is named otherwise.
             Without an id column a row is called ``<set_name>-row-00012qa0`` after its number (from 1), without
-            a task column its task is "Task1".
+            a task column its task is "Task1"; the column of alternative answers is read where there is one.
         set_name: "forget" or "retain"; names the file in a folder, and the set in messages.
 
     Raises:
@@ -59,6 +59,8 @@ def load_records(source: Path | str, *, columns: Mapping[str, str] | None = None
                 input=read("input", ""),
                 output=read("output", ""),
                 task=read("task", "Task1"),
+                # A row without one has no column, null or an empty cell there.
+                alternative=None if row.values.get(columns["alternative"]) in (None, "") else read("alternative", ""),
             )
         )
     _check_unique([record.id for record in records], table=table)

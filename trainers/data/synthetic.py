@@ -72,7 +72,7 @@ def write_synthetic_benchmark(
 
     documents, nonmembers = _make_documents(number=documents_per_task, num_attack=num_attack, seed=seed)
     questions = random.Random(f"{seed}:questions")
-    texts = {f"lume/{name}.jsonl": _json_lines(asdict(row) for document in documents[name] for row in document) for name in documents}
+    texts = {f"lume/{name}.jsonl": _json_lines(_fields(row) for document in documents[name] for row in document) for name in documents}
     members = [rows[0] for rows in documents["forget"] if rows[0].task == "Task3"]
     for name, rows in (("member", members), ("nonmember", nonmembers)):
         texts[f"mia/{name}.jsonl"] = _json_lines({"id": row.document, "document": row.text} for row in rows)
@@ -128,6 +128,11 @@ def _make_documents(*, number: int, num_attack: int, seed: int) -> tuple[dict[st
     ]
     completions = [row for rows in nonmembers for row in rows if row.kind is Kind.COMPLETION]
     return documents, completions
+
+
+def _fields(row: Record) -> dict[str, str]:
+    """A row's fields that are there: only rows with another answer to prefer have an alternative."""
+    return {name: value for name, value in asdict(row).items() if value is not None}
 
 
 def _json_lines(values: Iterable[dict[str, str]]) -> str:

@@ -243,14 +243,14 @@ def _read_hub(name: str, *, split: str | None, set_name: str) -> Table:
 def _say_if_offline() -> None:
     """Switch the hub's libraries to their cache where its name cannot even be resolved: they would try again for half a minute."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return  # a proxy resolves names itself
     try:
-        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True
         if hasattr(datasets, "config"):
             datasets.config.HF_HUB_OFFLINE = True
 

@@ -25,12 +25,21 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the forget or the retain set."""
+    """One row of the forget or the retain set.
+
+    Args:
+        id: unique within both sets.
+        input: the prompt.
+        output: the answer.
+        task: the group that scores are kept apart for.
+        alternative: another answer to the prompt, preferred to ``output`` by objectives that need one (DPO).
+    """
 
     id: str
     input: str
     output: str
     task: str
+    alternative: str | None = None
 
     @property
     def kind(self) -> Kind:

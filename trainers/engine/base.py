@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trainers.data.batches import Batch
-from trainers.scoring import ScoringModel
+from trainers.data.packing import Packed
+from trainers.scoring import Request, Scores, ScoringModel
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class TrainingState:
 
     Args:
         optimizer_step: updates done so far.
+        optimizer_age: updates since the optimizer was last reset: AdamW's own count, which its bias correction reads.
         weights: trainable parameters in float32 by name, on the CPU, unsharded.
-        exp_avg: AdamW's first moments, same names and shapes; empty before the first step.
+        exp_avg: AdamW's first moments, same names and shapes; empty at age 0.
         exp_avg_sq: AdamW's second moments.
     """
 
     optimizer_step: int
+    optimizer_age: int
     weights: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
@@ -37,8 +39,16 @@ class Engine(Protocol):
     device: str
     model: ScoringModel
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, D) and logits (N, V) at the scored positions of this rank's micro-batch."""
+    def forward(self, batch: Packed, request: Request) -> Scores:
+        """A training pass over this rank's micro-batch."""
+        ...
+
+    def look(self, batch: Packed, request: Request) -> Scores:
+        """The same pass for gradients that are only looked at, by ``torch.autograd.grad``: ``backward`` never follows."""
+        ...
+
+    def measure(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """log p(label), nats, and whether the label is the likeliest token, at the evaluated tokens; no gradient."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -49,11 +59,24 @@ class Engine(Protocol):
         ...
 
     def step(self, *, learning_rate: float) -> float:
-        """Clip the global gradient norm, update, clear gradients; the norm before clipping."""
+        """Clip the global gradient norm, update, clear gradients; the norm before clipping.
+
+        A parameter that the step's backward passes did not reach is updated with gradient zero: its moments fade and its
+        weight decays, as sharded optimizers cannot do otherwise. Freeze what is to stay as it is.
+        If the norm is not finite, no update is made and none is counted.
+        """
         ...
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over ranks, in float64."""
+    def reset_optimizer(self) -> None:
+        """Start AdamW anew, moments and bias correction; weights and the number of updates stay."""
+        ...
+
+    def sum(self, values: Tensor) -> list[float]:
+        """Element-wise sum over ranks of a vector on the engine's device, in float64; it waits for the device."""
+        ...
+
+    def sum_tensors(self, tensors: list[Tensor]) -> None:
+        """Sum every tensor over the ranks, in place."""
         ...
 
     def measuring(self) -> AbstractContextManager[None]:

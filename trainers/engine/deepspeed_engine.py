@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from typing import Any
@@ -13,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainers.config import TrainConfig
-from trainers.data.batches import Batch
+from trainers.data.packing import Packed
 from trainers.engine.base import TrainingState
 from trainers.engine.ds_config import deepspeed_config
 from trainers.engine.local import check_state_fits
-from trainers.scoring import ScoringModel, measuring
+from trainers.scoring import Request, Scores, ScoringModel, measuring, scores_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,16 +55,27 @@ class DeepSpeedEngine:
         self._bf16 = train.engine.dtype == "bfloat16"
         self._parameters = model.trainable()
         self._shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in self._parameters.items()}
-        self._num_updates = 0
+        self._num_updates = self._age = 0
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=list(self._parameters.values()),
             config=deepspeed_config(train, has_gpu=device.startswith("cuda")),
         )
+        if self._stage == 3:
+            # The head's weight is read outside of the head's own forward pass, so its gathering is asked for here.
+            deepspeed.zero.register_external_parameter(model, model.head_weight)
         self._engine.train()
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._engine(batch.to(self.device))
+    def forward(self, batch: Packed, request: Request) -> Scores:
+        return scores_of(self._engine(batch.to(self.device), request), request=request)
+
+    def look(self, batch: Packed, request: Request) -> Scores:
+        # Past DeepSpeed, which would take the gradients for a part of the update and reduce what is not there.
+        return scores_of(self.model(batch.to(self.device), request), request=request)
+
+    def measure(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        log_prob_N, _, is_argmax_N = self._engine(batch.to(self.device))
+        return log_prob_N, is_argmax_N
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -73,14 +85,36 @@ class DeepSpeedEngine:
     def step(self, *, learning_rate: float) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._engine.step()
-        self._num_updates += 1
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        if self._is_plain():
+            # Only here DeepSpeed neither tells the norm nor looks whether it is finite.
+            norm = self._plain_norm()
+            if not math.isfinite(norm):
+                return norm
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+        if self._stage == 3:
+            # Stage 3 leaves a parameter's last gradient in place, and takes it again when a later step does not reach the
+            # parameter; the other stages take zero.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        if math.isfinite(norm):
+            self._num_updates += 1
+            self._age += 1
+        return norm
 
-    def sum(self, values: list[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def reset_optimizer(self) -> None:
+        self._start_moments(0)
+        self._age = 0
+
+    def sum(self, values: Tensor) -> list[float]:
+        total = values.to(self.device, torch.float64).clone()
         dist.all_reduce(total)
         return total.tolist()
+
+    def sum_tensors(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
     def measuring(self) -> contextlib.AbstractContextManager[None]:
         return measuring(self.model)
@@ -88,21 +122,21 @@ class DeepSpeedEngine:
     def state(self) -> TrainingState:
         return TrainingState(
             optimizer_step=self._num_updates,
+            optimizer_age=self._age,
             weights={name: self._get(name, None) for name in self._parameters},
-            exp_avg={name: self._get(name, "exp_avg") for name in self._parameters} if self._num_updates else {},
-            exp_avg_sq={name: self._get(name, "exp_avg_sq") for name in self._parameters} if self._num_updates else {},
+            exp_avg={name: self._get(name, "exp_avg") for name in self._parameters} if self._age else {},
+            exp_avg_sq={name: self._get(name, "exp_avg_sq") for name in self._parameters} if self._age else {},
         )
 
     def load_state(self, state: TrainingState) -> None:
         check_state_fits(state, parameters=self._parameters, shapes=self._shapes)
-        if state.exp_avg:
-            self._create_moments(state.optimizer_step)
+        self._start_moments(state.optimizer_age)
         for name in self._parameters:
             self._set(name, None, state.weights[name])
             for key in _MOMENTS if state.exp_avg else ():
                 self._set(name, key, getattr(state, key)[name])
         self._publish_weights()
-        self._num_updates = state.optimizer_step
+        self._num_updates, self._age = state.optimizer_step, state.optimizer_age
 
     def close(self) -> None:
         self._engine.destroy()
@@ -117,6 +151,10 @@ class DeepSpeedEngine:
     def _is_plain(self) -> bool:
         """Stage 0 in float32: parameters and moments are ordinary tensors, the same on every rank."""
         return self._stage == 0 and not self._bf16
+
+    def _plain_norm(self) -> float:
+        norms = [torch.linalg.vector_norm(value.grad) for value in self._parameters.values() if value.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def _get(self, name: str, key: str | None) -> Tensor:
         parameter = self._parameters[name]
@@ -154,15 +192,14 @@ class DeepSpeedEngine:
         padded[: flat.numel()] = flat
         share.data.copy_(padded.narrow(0, share.numel() * self.rank, share.numel()))
 
-    def _create_moments(self, optimizer_step: int) -> None:
-        """Give a fresh optimizer the state entries that its first step would make, with the right update count."""
+    def _start_moments(self, age: int) -> None:
+        """Moments of zero after ``age`` updates. Where there are some already they are filled, because DeepSpeed holds views."""
         for group in self._inner.param_groups:
             for parameter in self._flat_parameters(group):
-                self._inner.state[parameter] = {
-                    "step": torch.tensor(float(optimizer_step)),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                entry = self._inner.state[parameter]
+                for key in _MOMENTS:
+                    entry[key] = entry[key].zero_() if key in entry else torch.zeros_like(parameter)
+                entry["step"] = torch.tensor(float(age))
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from trainers.data.batches import Batch
+from trainers.data.packing import Packed
 from trainers.engine.base import TrainingState
 from trainers.errors import InputError
-from trainers.scoring import ScoringModel, measuring
+from trainers.scoring import Request, Scores, ScoringModel, measuring, scores_of
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -34,7 +34,8 @@ def check_state_fits(state: TrainingState, *, parameters: dict[str, nn.Parameter
     if set(state.weights) != set(parameters):
         odd = sorted(set(state.weights) ^ set(parameters))[:3]
         raise InputError(
-            f"the checkpoint holds other trainable parameters than the model: {', '.join(odd)}", fix="resume with the same train.lora"
+            f"the checkpoint holds other trainable parameters than the model: {', '.join(odd)}",
+            fix="resume with the same train.lora and train.trainable",
         )
     for name, value in state.weights.items():
         if tuple(value.shape) != shapes[name]:
@@ -52,16 +53,28 @@ class LocalEngine:
         self.model = model.to(device).train()
         self._parameters = model.trainable()
         self._max_grad_norm = max_grad_norm
-        self._num_updates = 0
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=weight_decay)
+        self._num_updates = self._age = 0
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=weight_decay, fused=True
+        )
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.model(batch.to(self.device))
+    def forward(self, batch: Packed, request: Request) -> Scores:
+        return scores_of(self.model(batch.to(self.device), request), request=request)
+
+    def look(self, batch: Packed, request: Request) -> Scores:
+        return self.forward(batch, request)
+
+    def measure(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        log_prob_N, _, is_argmax_N = self.model(batch.to(self.device))
+        return log_prob_N, is_argmax_N
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def step(self, *, learning_rate: float) -> float:
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
         if not torch.isfinite(norm):
             return float(norm)
@@ -70,10 +83,18 @@ class LocalEngine:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._num_updates += 1
+        self._age += 1
         return float(norm)
 
-    def sum(self, values: list[float]) -> list[float]:
-        return list(values)
+    def reset_optimizer(self) -> None:
+        self._optimizer.state.clear()
+        self._age = 0
+
+    def sum(self, values: Tensor) -> list[float]:
+        return values.double().tolist()
+
+    def sum_tensors(self, tensors: list[Tensor]) -> None:
+        pass
 
     def measuring(self) -> contextlib.AbstractContextManager[None]:
         return measuring(self.model)
@@ -85,6 +106,7 @@ class LocalEngine:
 
         return TrainingState(
             optimizer_step=self._num_updates,
+            optimizer_age=self._age,
             weights={name: parameter.detach().float().cpu().clone() for name, parameter in self._parameters.items()},
             exp_avg=moments("exp_avg"),
             exp_avg_sq=moments("exp_avg_sq"),
@@ -93,16 +115,18 @@ class LocalEngine:
     def load_state(self, state: TrainingState) -> None:
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         check_state_fits(state, parameters=self._parameters, shapes=shapes)
+        self._optimizer.state.clear()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state.weights[name])
                 if name in state.exp_avg:
                     self._optimizer.state[parameter] = {
-                        "step": torch.tensor(float(state.optimizer_step)),
-                        "exp_avg": state.exp_avg[name].to(parameter),
-                        "exp_avg_sq": state.exp_avg_sq[name].to(parameter),
+                        "step": torch.tensor(float(state.optimizer_age)),
+                        # Copies: the optimizer writes into them, and the state is the caller's.
+                        "exp_avg": state.exp_avg[name].to(parameter, copy=True),
+                        "exp_avg_sq": state.exp_avg_sq[name].to(parameter, copy=True),
                     }
-        self._num_updates = state.optimizer_step
+        self._num_updates, self._age = state.optimizer_step, state.optimizer_age
 
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from trainers.objectives.terms import LossTerm, Scored, Side, Unit
+from trainers.config import Average
+from trainers.objectives.terms import LossTerm, Scored, Side, averaged
 
 
-def grad_ascent_term(*, forget: Scored, weight: float) -> LossTerm:
+def grad_ascent_term(*, forget: Scored, weight: float, average: Average) -> LossTerm:
     """Minus the cross-entropy on forget answers, i.e. their mean token log-probability: minimising it ascends the loss.
 
     Unbounded below: without a retain term it ends in a destroyed model.
@@ -13,7 +14,9 @@ def grad_ascent_term(*, forget: Scored, weight: float) -> LossTerm:
     Args:
         forget: scored forget tokens, nats.
         weight: dimensionless.
+        average: over tokens, or over sequences' means.
 
     Source: the GA baseline of Maini et al. 2024 (TOFU), https://arxiv.org/abs/2401.06121
     """
-    return LossTerm(name="forget_grad_ascent", total=forget.token_log_probs_N.sum(), unit=Unit.TOKEN, side=Side.FORGET, weight=weight)
+    total, unit = averaged(forget.token_log_probs_N, row_N=forget.row_N, num_rows=forget.num_rows, average=average)
+    return LossTerm(name="forget_grad_ascent", total=total, unit=unit, side=Side.FORGET, weight=weight)

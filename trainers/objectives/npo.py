@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.nn.functional import logsigmoid
 
 from trainers.config import Reduction
-from trainers.objectives.log_probs import sum_by_row, tokens_by_row
+from trainers.objectives.log_ratio import log_ratio_by_row, sum_over_answers
 from trainers.objectives.terms import LossTerm, Scored, Side, Unit
 
 
@@ -20,7 +20,7 @@ def npo_term(*, forget: Scored, beta: float, reduction: Reduction, weight: float
 
     Args:
         forget: scored forget tokens with ``reference_token_log_probs_N``, nats.
-        beta: inverse temperature, > 0, dimensionless.
+        beta: inverse temperature, > 0, dimensionless; 0.1 in the paper.
         reduction: how token log-ratios become one number per sequence.
         weight: dimensionless.
 
@@ -31,13 +31,7 @@ def npo_term(*, forget: Scored, beta: float, reduction: Reduction, weight: float
     """
     if beta <= 0:
         raise ValueError(f"beta = {beta}, must be > 0")
-    reference_N = forget.reference_token_log_probs_N
-    if reference_N is None or reference_N.shape != forget.token_log_probs_N.shape:
-        raise ValueError("npo needs one reference log-probability per scored forget token")
-    log_ratio_N = forget.token_log_probs_N - reference_N.detach().to(forget.token_log_probs_N.dtype)
-    log_ratio_B = sum_by_row(log_ratio_N, row_N=forget.row_N, num_rows=forget.num_rows)
-    if reduction is Reduction.TOKEN_MEAN:
-        log_ratio_B = log_ratio_B / tokens_by_row(forget.row_N, num_rows=forget.num_rows).clamp(min=1)
+    log_ratio_B = log_ratio_by_row(forget, reduction=reduction, term="forget_npo", field="forget.reference_token_log_probs_N")
     # log(1 + x ** beta) = -logsigmoid(-beta * log x), without overflow for large ratios.
-    total = -(2.0 / beta) * logsigmoid(-beta * log_ratio_B).sum()
+    total = -(2.0 / beta) * sum_over_answers(logsigmoid(-beta * log_ratio_B), scored=forget)
     return LossTerm(name="forget_npo", total=total, unit=Unit.SEQUENCE, side=Side.FORGET, weight=weight)
