@@ -301,6 +301,8 @@ def run_train(*, experiment: LoadedExperiment, out: Path | None = None) -> None:
     data = prepare_data(config)
     check_texts(config, data=data, trains=[config.train])
     run = claim_run(config, space=SearchSpace(), data=data, resume=True)
+    if config.sweep.start_points:
+        run.console.warning("one trial is trained, with the settings under train: sweep.start_points count for `unlearn sweep` only")
     spec = TrialSpec(name="trial-00", overrides={}, config=config.train)
     with run.stage("target", "Target"):
         target = obtain_target(run, config=config, data=data)

@@ -388,7 +388,11 @@ def load_adapted_model(base: Path | str, checkpoint: Path | str, *, dtype: str =
         try:
             merged = PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload(safe_merge=True)
         except Exception as error:
-            raise InputError(f"the adapter cannot be read: {_first_line(error)}", where=str(checkpoint)) from error
+            raise InputError(
+                f"the adapter cannot be read: {_first_line(error)}",
+                where=str(checkpoint),
+                fix="copy the checkpoint again; where its update is not finite, train with a lower train.learning_rate",
+            ) from error
         return merged.to(torch_dtype(dtype)).eval()
     return load_model(checkpoint, dtype=dtype, device=device)
 

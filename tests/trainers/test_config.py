@@ -21,7 +21,7 @@ from trainers.tiny import TinyOlmoConfig
         (lambda: ObjectiveConfig(beta=0), "beta"),
         (lambda: ObjectiveConfig(beta=float("nan")), "beta"),
         (lambda: ObjectiveConfig(forget_weight=-1), "forget_weight"),
-        (lambda: ObjectiveConfig(name="simnpo"), "name"),
+        (lambda: ObjectiveConfig(name="simple_npo"), "name"),
         (lambda: LoraConfig(r=0), "r"),
         (lambda: LoraConfig(lora_dropout=1.0), "lora_dropout"),
         (lambda: TrainConfig(learning_rate=0), "learning_rate"),
@@ -30,6 +30,10 @@ from trainers.tiny import TinyOlmoConfig
         (lambda: TrainConfig(warmup_ratio=1.1), "warmup_ratio"),
         (lambda: TrainConfig(max_length=4), "max_length"),
         (lambda: TrainConfig(lerning_rate=1e-4), "lerning_rate"),
+        (lambda: TrainConfig(trainable={"last_layers": 2}), "lora and trainable together"),
+        (lambda: TrainConfig(lora=None, trainable={"last_layers": 2, "layers": [0, 1]}), "either layers or last_layers"),
+        (lambda: TrainConfig(objective={"kl_scope": "padded"}), "padded needs max_length"),
+        (lambda: TrainConfig(adaptive_retain={"lowest": 3}), "lowest = 3 is above highest = 2.8"),
         (lambda: TinyOlmoConfig(hidden_size=33, num_attention_heads=3), r"hidden_size = 33 is no multiple of 2 \* num_attention_heads = 6"),
     ],
 )
@@ -48,6 +52,9 @@ def test_a_configuration_that_cannot_work_is_refused(make, message: str) -> None
         lambda: TrainConfig(lora=None, engine={"name": "torch"}),
         lambda: TrainConfig(lora=None, engine={"name": "deepspeed", "zero_stage": 3, "dtype": "bfloat16"}),
         lambda: TinyOlmoConfig(hidden_size=36, num_attention_heads=3),
+        lambda: TrainConfig(lora=None, trainable={"last_layers": 2}),
+        lambda: TrainConfig(objective={"kl_scope": "padded"}, max_length=64),
+        lambda: TrainConfig(adaptive_retain={"lowest": 2.8}),
     ],
 )
 def test_the_neighbours_of_refused_configurations_are_allowed(make) -> None:
