@@ -140,7 +140,7 @@ def score_micro_batch(
     if not steers:
         undial = distributions(Part.FORGET_DISTRIBUTIONS, micro.forget, wanted=Need.FORGET_DISTRIBUTIONS in recipe.needs)
         segments["forget"] = Segment(0, host.first_evaluated[ends[0]], undial, mean_logit=Need.MEAN_LOGITS in recipe.needs)
-    if alternative or Need.ALTERNATIVE_ANSWERS in recipe.needs:
+    if Need.ALTERNATIVE_ANSWERS in recipe.needs:
         segments["alternative"] = Segment(host.first_evaluated[ends[0]], host.first_evaluated[ends[1]])
     if compares or recipe.weights.retain_ce > 0:
         kept = distributions(Part.RETAIN_DISTRIBUTIONS, micro.retain, wanted=compares)
