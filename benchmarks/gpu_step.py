@@ -63,7 +63,7 @@ class Measured:
     Args:
         seconds: wall seconds per pair in each pass over the workload.
         first_loss: of the first step, to be compared between the arms.
-        peak_gib: most memory allocated, or None where the device does not count it.
+        peak_gib: most memory allocated while steps run, or None where the device does not count it.
     """
 
     seconds: tuple[float, ...]
@@ -93,11 +93,11 @@ def case_config(case: Case, *, settings: Settings, dtype: torch.dtype) -> Any:
 def measure(case: Case, *, workload: Workload, settings: Settings, device: str, dtype: torch.dtype, seed: int, passes: int) -> Measured:
     """Build the case's arm, run a pass that is not counted, then time passes over all pairs."""
     on_gpu = device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     arm = build_arm(case, workload=workload, settings=settings, device=device, dtype=dtype, seed=seed)
     steps = workload.steps(pairs_per_step=settings.pairs_per_step)
     losses = [arm.step(pairs) for pairs in steps]
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(passes):
         _wait(device)
@@ -114,7 +114,7 @@ def measure(case: Case, *, workload: Workload, settings: Settings, device: str, 
 
 def check_on_device(*, settings: Settings, data: argparse.Namespace, device: str) -> str:
     """Both arms of the small model in float32 on this device: the same loss and gradient, or an error."""
-    small = dataclasses.replace(settings, lora_r=4)
+    small = dataclasses.replace(settings, lora_r=4, pairs_per_step=Settings().pairs_per_step)
     workload = _workload(data, vocabulary=BENCH.vocabulary, settings=small)
     base = build_base(BENCH, seed=data.seed, device=device)
     arms: list[Arm] = [
@@ -206,7 +206,8 @@ def device_peak(name: str) -> float:
 def main() -> None:
     """Check that the arms agree on this device, then measure each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_workload_options(parser, num_pairs=32)
+    add_workload_options(parser, num_pairs=64)
+    parser.add_argument("--pairs-per-step", type=int, default=32, help="pairs in one pass and one optimizer step (default 32)")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["olmo-1b", "olmo-7b"])
     parser.add_argument("--trained", nargs="+", choices=["lora", "full"], default=["lora", "full"])
     parser.add_argument("--passes", type=int, default=5, help="timed passes over all pairs (default 5)")
@@ -215,7 +216,7 @@ def main() -> None:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("skipped: no CUDA device; --device cpu --models tiny tries the script out")
         return
-    settings = dataclasses.replace(Settings(), lora_r=32)
+    settings = dataclasses.replace(Settings(), lora_r=32, pairs_per_step=options.pairs_per_step)
     dtype = torch.bfloat16
     peak = device_peak(hardware())
     agreement = check_on_device(settings=settings, data=options, device=options.device)

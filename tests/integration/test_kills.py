@@ -59,7 +59,8 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(undisturbed: FinishedSweep, 
     after = (trial / "metrics.jsonl").read_text().splitlines()
     assert len(after) == 80
     assert after[:kept] == before[:kept], "these steps were not made again"
-    assert not set(after[kept:]) & set(before[kept:]), "negative control: a step that is made again takes other seconds"
+    untroubled = (undisturbed.run / "trials" / "trial-01" / "metrics.jsonl").read_text().splitlines()
+    assert untroubled[:kept] != before[:kept], "negative control: steps that are made again do not all take the same time"
     starts = [
         event["again"] for event in read_jsonl(run / "events.jsonl") if event["kind"] == "trial_started" and event["trial"] == "trial-01"
     ]
