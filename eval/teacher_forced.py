@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from eval.forward import pad_token_id, split_model
@@ -53,23 +54,47 @@ class RowScore:
         return self.num_matched / self.num_tokens if self.num_tokens else math.nan
 
 
-def score_rows(*, model: Any, tokenizer: Any, rows: Sequence[EncodedRow], batch_tokens: int, device: str) -> list[RowScore]:
-    """Score rows under teacher forcing, in the order given.
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model thinks of each scored token of a row; float64 arrays of shape (N,), in the order of the text.
+
+    Args:
+        row_id: the row's id.
+        log_prob_N: log p(token | everything before it), nats.
+        correct_N: whether the token is the argmax (bool).
+        mean_N: mean of log p over the model's own next-token distribution (minus its entropy), nats; None unless asked for.
+        variance_N: variance of log p under the same distribution; None unless asked for.
+    """
+
+    row_id: str
+    log_prob_N: np.ndarray
+    correct_N: np.ndarray
+    mean_N: np.ndarray | None = None
+    variance_N: np.ndarray | None = None
+
+
+def token_scores(
+    *, model: Any, tokenizer: Any, rows: Sequence[EncodedRow], batch_tokens: int, device: str, moments: bool = False
+) -> list[TokenScores]:
+    """Score every token of rows under teacher forcing, rows in the order given.
 
     Args:
         model: a causal language model, or a peft model around one.
         tokenizer: gives the padding id.
-        rows: encoded rows; one that scores no token gets a log-probability of 0 over 0 tokens.
+        rows: encoded rows; one that scores no token gets empty arrays.
         batch_tokens: positions per forward pass, padding included (at least one row is taken).
         device: where the model is.
+        moments: whether mean and variance of log p are wanted, too (min-k %++ reads them).
     """
-    scores: list[RowScore | None] = [None] * len(rows)
-    for index, row in enumerate(rows):
-        if row.num_scored <= 0:
-            scores[index] = RowScore(row_id=row.row_id, answer_log_prob=0.0, num_tokens=0, token_accuracy=math.nan, num_matched=0)
-    scored = [index for index, score in enumerate(scores) if score is None]
+    empty = np.zeros(0)
+    found = {
+        index: TokenScores(row.row_id, empty, empty.astype(bool), *((empty, empty) if moments else (None, None)))
+        for index, row in enumerate(rows)
+        if row.num_scored <= 0
+    }
+    scored = [index for index in range(len(rows)) if index not in found]
     if not scored:
-        return [score for score in scores if score is not None]
+        return [found[index] for index in range(len(rows))]
     split = split_model(model, device=device)
     with measuring(model):
         for group in batches_by_length([rows[index] for index in scored], batch_tokens=batch_tokens):
@@ -77,31 +102,51 @@ def score_rows(*, model: Any, tokenizer: Any, rows: Sequence[EncodedRow], batch_
             batch = collate([rows[index] for index in members], pad_token_id=pad_token_id(tokenizer)).to(device)
             states, _ = split.run(ids_BT=batch.input_ids_BT, mask_BT=batch.attention_mask_BT)
             states_NX = states[batch.row_N, batch.position_N]
-            log_prob_parts, correct_parts = [], []
-            for start in range(0, len(states_NX), _HEAD_CHUNK):
-                logits_NV = split.logits(states_NX[start : start + _HEAD_CHUNK])
-                label_N = batch.label_N[start : start + _HEAD_CHUNK]
-                # The argmax is taken before the cast, as greedy decoding does; the softmax in float32 after it.
-                correct_parts.append(logits_NV.argmax(-1) == label_N)
-                wide_NV = logits_NV.float()
-                log_prob_parts.append(wide_NV.gather(-1, label_N[:, None])[:, 0] - wide_NV.logsumexp(-1))
-            log_probs = torch.cat(log_prob_parts).double().cpu()
-            correct = torch.cat(correct_parts).cpu()
+            parts = [
+                _token_columns(
+                    split.logits(states_NX[start : start + _HEAD_CHUNK]), batch.label_N[start : start + _HEAD_CHUNK], moments=moments
+                )
+                for start in range(0, len(states_NX), _HEAD_CHUNK)
+            ]
+            columns_XN = torch.cat(parts, dim=1).cpu().numpy()
             start = 0
             for index in members:
-                count = rows[index].num_scored
-                scores[index] = _summary(rows[index], log_probs[start : start + count], correct[start : start + count])
-                start += count
-    return [score for score in scores if score is not None]
+                own_XN = columns_XN[:, start : start + rows[index].num_scored]
+                found[index] = TokenScores(rows[index].row_id, own_XN[0], own_XN[1].astype(bool), *own_XN[2:])
+                start += rows[index].num_scored
+    return [found[index] for index in range(len(rows))]
 
 
-def _summary(row: EncodedRow, log_probs: torch.Tensor, correct: torch.Tensor) -> RowScore:
+def _token_columns(logits_NV: torch.Tensor, label_N: torch.Tensor, *, moments: bool) -> torch.Tensor:
+    """Log-probability and correctness of each label, and if asked for mean and variance of log p, shape (2 or 4, N), float64."""
+    # The argmax is taken before the cast, as greedy decoding does; the softmax in float32 after it.
+    correct_N = logits_NV.argmax(-1) == label_N
+    wide_NV = logits_NV.float()
+    normalizer_N = wide_NV.logsumexp(-1)
+    columns = [wide_NV.gather(-1, label_N[:, None])[:, 0] - normalizer_N, correct_N]
+    if moments:
+        log_p_NV = wide_NV - normalizer_N[:, None]
+        p_NV = log_p_NV.exp()
+        mean_N = (p_NV * log_p_NV).nan_to_num(posinf=math.nan, neginf=math.nan).sum(-1)
+        columns += [mean_N, (p_NV * (log_p_NV - mean_N[:, None]).square()).nan_to_num(posinf=math.nan, neginf=math.nan).sum(-1)]
+    return torch.stack([column.double() for column in columns])
+
+
+def score_rows(*, model: Any, tokenizer: Any, rows: Sequence[EncodedRow], batch_tokens: int, device: str) -> list[RowScore]:
+    """Score rows under teacher forcing, in the order given; a row that scores no token gets a log-probability of 0 over 0 tokens."""
+    return [
+        _summary(scores) for scores in token_scores(model=model, tokenizer=tokenizer, rows=rows, batch_tokens=batch_tokens, device=device)
+    ]
+
+
+def _summary(scores: TokenScores) -> RowScore:
+    correct_N = scores.correct_N
     return RowScore(
-        row_id=row.row_id,
-        answer_log_prob=float(log_probs.sum()),
-        num_tokens=len(correct),
-        token_accuracy=float(correct.double().mean()),
-        num_matched=int(correct.long().cumprod(0).sum()),
+        row_id=scores.row_id,
+        answer_log_prob=float(scores.log_prob_N.sum()),
+        num_tokens=len(correct_N),
+        token_accuracy=float(correct_N.mean()) if len(correct_N) else math.nan,
+        num_matched=int(correct_N.cumprod().sum()),
     )
 
 
