@@ -11,7 +11,15 @@ from torch import Tensor
 
 from merging.config import MergeConfig
 from merging.linear import linear, task_arithmetic
-from merging.ties import bin_of_kth_largest, count_sign_conflicts, magnitude_from_bins, magnitude_histogram, merge_trimmed, trim
+from merging.ties import (
+    BLOCK,
+    Border,
+    bin_of_kth_largest,
+    count_sign_conflicts,
+    magnitude_from_bins,
+    magnitude_histogram,
+    ties_merge,
+)
 
 
 class Updates(Protocol):
@@ -60,32 +68,64 @@ def combine(
     updates = [vectors[index].update(name, device=device) for index in present]
     norms = [float(update.norm()) for update in updates] if with_stats else []
     chosen = [weights[index] for index in present]
+    kept = [0.0] * len(vectors)
+    conflicts = None
     if config.method == "ties":
-        for position, index in enumerate(present):
-            threshold = None if thresholds is None else thresholds[index]
-            updates[position] = trim(updates[position], density=config.density, threshold=threshold)
-        merged = merge_trimmed(updates, weights=chosen, elect=config.elect, divisor=config.divisor, zero_sum=config.zero_sum)
+        found = ties_merge(
+            updates=updates,
+            density=config.density,
+            weights=chosen,
+            elect=config.elect,
+            divisor=config.divisor,
+            zero_sum=config.zero_sum,
+            thresholds=None if thresholds is None else [thresholds[index] for index in present],
+            borders=None if thresholds is not None else [_border(vectors[index], name, config.density, device) for index in present],
+        )
+        merged, conflicts = found.update, found.conflicts
+        for index, number in zip(present, found.kept, strict=True):
+            kept[index] = number / max(merged.numel(), 1)
     elif config.method == "linear":
         merged = linear(updates=updates, weights=chosen, total_weight=sum(weights))
     else:
         merged = task_arithmetic(updates=updates, weights=chosen)
     if not with_stats:
         return Merged(update=merged, kept=(), conflicts=0.0, norm_ratio=0.0)
-    kept = [0.0] * len(vectors)
-    for index, update in zip(present, updates, strict=True):
-        kept[index] = int(torch.count_nonzero(update)) / max(update.numel(), 1)
+    if conflicts is None:
+        conflicts = count_sign_conflicts(updates)
+        for index, update in zip(present, updates, strict=True):
+            kept[index] = int(torch.count_nonzero(update)) / max(update.numel(), 1)
     mean_norm = sum(norms) / len(vectors)
     return Merged(
         update=merged,
         kept=tuple(kept),
-        conflicts=count_sign_conflicts(updates) / max(merged.numel(), 1),
+        conflicts=conflicts / max(merged.numel(), 1),
         norm_ratio=float(merged.norm()) / mean_norm if mean_norm else 0.0,
     )
 
 
+def _border(vector: Updates, name: str, density: float, device: str) -> Border | None:
+    """A trim's border, where the task vector remembers those that it has found."""
+    remembered = getattr(vector, "border", None)
+    return None if remembered is None or density == 1 else remembered(name, density=density, device=device)
+
+
 def add_update(base: Tensor, *, update: Tensor, scale: float) -> Tensor:
-    """``base + scale * update`` in float32, rounded once to the base's dtype."""
-    return (base.to(torch.float32) + update * scale).to(base.dtype)
+    """``base + scale * update`` in float32, rounded once to the base's dtype; on a CPU a block at a time, without whole copies."""
+    if base.device.type != "cpu" or not base.is_contiguous():
+        return (base.to(torch.float32) + update * scale).to(base.dtype)
+    after = torch.empty_like(base)
+    old, new, change = base.reshape(-1), after.reshape(-1), update.reshape(-1)
+    for start in range(0, old.numel(), BLOCK):
+        block = slice(start, start + BLOCK)
+        part = change[block] if scale == 1 else change[block] * scale
+        new[block].copy_(old[block].to(torch.float32) + part)
+    return after
+
+
+def count_changed(before: Tensor, after: Tensor) -> int:
+    """Number of weights whose stored bits differ."""
+    bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
+    return int(torch.count_nonzero(before.view(bits) != after.view(bits)))
 
 
 def model_thresholds(*, vectors: Sequence[Updates], density: float, device: str = "cpu") -> tuple[float, ...]:

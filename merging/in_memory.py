@@ -12,8 +12,9 @@ from torch import Tensor
 
 from merging.combine import add_update, combine, model_thresholds
 from merging.config import MergeConfig
-from merging.task_vectors import TaskVector
+from merging.task_vectors import TaskVector, all_finite
 from merging.tensor_store import open_base
+from merging.ties import Border, find_borders
 from trainers.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ class TensorCache:
 
 
 class _CachedVector:
-    """A task vector whose updates are computed once while they fit the cache."""
+    """A task vector whose updates are computed once while they fit the cache, and whose borders are found once for all densities."""
 
-    def __init__(self, vector: TaskVector, cache: TensorCache) -> None:
-        self._vector, self._cache = vector, cache
+    def __init__(self, vector: TaskVector, cache: TensorCache, *, densities: Sequence[float]) -> None:
+        self._vector, self._cache, self._densities = vector, cache, tuple(densities)
+        self._borders: dict[tuple[str, float, str], Border] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,6 +63,15 @@ class _CachedVector:
         key = ("update", self._vector.trial, name, device)
         cached = self._cache.get(key)
         return self._cache.put(key, self._vector.update(name, device=device)) if cached is None else cached
+
+    def border(self, name: str, *, density: float, device: str = "cpu") -> Border:
+        """Where a trim of one tensor cuts; the first question about a tensor answers those about the other densities, too."""
+        if (name, density, device) not in self._borders:
+            densities = sorted({density, *self._densities})
+            update = self.update(name, device=device)
+            found = find_borders(update, num_kept=[int(one * update.numel()) for one in densities])
+            self._borders |= {(name, one, device): border for one, border in zip(densities, found, strict=True)}
+        return self._borders[name, density, device]
 
 
 class MergeSession:
@@ -75,16 +86,25 @@ class MergeSession:
         base: the model folder that the trials started from.
         vectors: the trials that may be merged; their names must differ.
         cache_bytes: float32 bytes of updates, merged updates and base weights kept between calls.
+        densities: those that will be asked for, whose thresholds are then found together.
 
     Raises:
         InputError: if a changed tensor is not in the model or two trials share a name.
     """
 
-    def __init__(self, *, model: PreTrainedModel, base: Path, vectors: Sequence[TaskVector], cache_bytes: int = 8 << 30) -> None:
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        base: Path,
+        vectors: Sequence[TaskVector],
+        cache_bytes: int = 8 << 30,
+        densities: Sequence[float] = (),
+    ) -> None:
         self._store = open_base(base)
         self._parameters = model.state_dict()
         self._cache = TensorCache(limit_bytes=cache_bytes)
-        self._vectors = {vector.trial: _CachedVector(vector, self._cache) for vector in vectors}
+        self._vectors = {vector.trial: _CachedVector(vector, self._cache, densities=densities) for vector in vectors}
         self._thresholds: dict[tuple[str, float], float] = {}
         self._merged: set[str] = set()
         if len(self._vectors) != len(vectors):
@@ -127,7 +147,7 @@ class MergeSession:
                 merged = combine(name, vectors=vectors, config=config, thresholds=thresholds, device=device, with_stats=False)
                 update = self._cache.put(("merged", recipe, name, device), merged.update)
             after = add_update(self._base(name).to(device), update=update, scale=config.scale)
-            if not bool(after.isfinite().all()):
+            if not all_finite(after):
                 raise InputError(
                     f"the merged tensor {name} is not finite", where=f"trials {', '.join(trials)}", fix="lower the scale or the weights"
                 )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.config import MergeConfig
-from merging.task_vectors import TaskVector, open_task_vector, weights_hash
-from merging.tensor_store import INDEX, TensorStore, header_hash, open_base, rewrite_shards, tensor_bytes
+from merging.task_vectors import TaskVector, all_finite, open_task_vector
+from merging.tensor_store import INDEX, Rewritten, TensorStore, header_hash, open_base, rewrite_shards, tensor_bytes
 from trainers.errors import InputError, RunError, SetupError
-from trainers.files import atomic_folder, check_writable, read_json, sha256_file, write_json
+from trainers.files import atomic_folder, check_writable, read_json, sha256_file, sha256_json, write_json
 from trainers.modeling import check_model_folder
 
 if TYPE_CHECKING:
@@ -36,16 +38,25 @@ RECORDS = (
 )
 """Files that speak of the base alone, and would be false beside the merged weights."""
 DISK_MARGIN = 64 << 20
+MAX_WORKERS = 4
+"""Each holds a few copies of a tensor."""
 
 
 def merge_checkpoint(
-    *, base: Path, trials: Sequence[Path], out: Path, config: MergeConfig, progress: Callable[[str], None] | None = None
+    *,
+    base: Path,
+    trials: Sequence[Path],
+    out: Path,
+    config: MergeConfig,
+    progress: Callable[[str], None] | None = None,
+    device: str | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Write ``base + scale * merge(trial - base, ...)`` as a model folder, and say in its ``merge.json`` how.
 
     Updates are formed and merged in float32 and rounded once, to the base's dtype. Tensors that no trial changes keep their bytes, the
     shard files their headers, the other files of the base (configuration, tokenizer, index) are copied. ``out`` appears only when all of
-    it is written. Memory: a few float32 copies of the largest tensor.
+    it is written. Memory: a few float32 copies of the largest tensor per worker.
 
     Args:
         base: the model folder that every trial started from.
@@ -53,6 +64,9 @@ def merge_checkpoint(
         out: new folder; an earlier merge there is replaced.
         config: method and parameters.
         progress: called with a line of text per tensor.
+        device: where the arithmetic is done; null takes a GPU if there is one. A GPU adds in another order, so that about one weight in a
+            million is rounded the other way.
+        workers: tensors under way at the same time; null takes one per core, four at most.
 
     Returns:
         The content of ``merge.json``.
@@ -62,21 +76,31 @@ def merge_checkpoint(
         SetupError: if the disk is too small.
     """
     started = time.monotonic()
+    device, workers = (
+        device or _device(),
+        workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MAX_WORKERS),
+    )
     base, out = Path(base), Path(out)
     _check_request(base=base, trials=trials, out=out, config=config)
     store = open_base(check_model_folder(base))
-    vectors = [open_task_vector(base=base, trial=trial) for trial in trials]
+    # The base is hashed while it is read for the merge, which is the only time: a trial of another base is found out at the end.
+    vectors = [open_task_vector(base=base, trial=trial, check_base=False) for trial in trials]
     _check_out_apart(out, inputs=[base, *(vector.folder for vector in vectors)])
     copied = [file for file in sorted(base.iterdir()) if _is_copied(file)]
     _check_disk(out, needed=store.num_bytes + sum(file.stat().st_size for file in copied))
 
     with atomic_folder(out) as folder:
-        tensors, hashes = _write_weights(store=store, vectors=vectors, config=config, folder=folder, progress=progress)
+        tensors, rewritten = _write_weights(
+            store=store, vectors=vectors, config=config, folder=folder, progress=progress, device=device, workers=workers
+        )
+        base_hash = sha256_json(rewritten.sources)
+        for vector in vectors:
+            vector.check_base(base_hash, base=base)
         for file in copied:
             shutil.copyfile(file, folder / file.name)
         record = {
             "schema_version": SCHEMA_VERSION,
-            "base": {"path": str(base), "hash": weights_hash(base), "bytes": store.num_bytes},
+            "base": {"path": str(base), "hash": base_hash, "bytes": store.num_bytes},
             "trials": [vector.describe() for vector in vectors],
             "config": config.model_dump(mode="json"),
             "weights": list(config.trial_weights(len(vectors))),
@@ -85,9 +109,10 @@ def merge_checkpoint(
             "notes": _notes(vectors),
             "shards": {shard.name: {"bytes": shard.stat().st_size, "header": header_hash(shard)} for shard in store.shards},
             "files": {file.name: sha256_file(folder / file.name) for file in copied},
-            "tensors": {name: {**stats, "sha256": hashes[name]} for name, stats in tensors.items()},
+            "tensors": {name: {**stats, "sha256": rewritten.tensors[name]} for name, stats in tensors.items()},
             "untouched": len(store.tensors) - len(tensors),
             "changed_weights": sum(stats["changed_weights"] for stats in tensors.values()),
+            "device": device,
             "seconds": round(time.monotonic() - started, 3),
             "peak_rss_bytes": _peak_rss(),
         }
@@ -128,31 +153,40 @@ def verify_merge(out: Path, *, contents: bool = True) -> dict[str, Any]:
 
 
 def _write_weights(
-    *, store: TensorStore, vectors: Sequence[TaskVector], config: MergeConfig, folder: Path, progress: Callable[[str], None] | None
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    *,
+    store: TensorStore,
+    vectors: Sequence[TaskVector],
+    config: MergeConfig,
+    folder: Path,
+    progress: Callable[[str], None] | None,
+    device: str,
+    workers: int,
+) -> tuple[dict[str, dict[str, Any]], Rewritten]:
     import torch
 
-    from merging.combine import add_update, combine, model_thresholds
+    from merging.combine import add_update, combine, count_changed, model_thresholds
 
     names = [name for name in store.tensors if any(name in vector.names for vector in vectors)]
     thresholds = None
     if config.method == "ties" and config.trim_scope == "model":
         if progress:
             progress("finding the thresholds of the whole task vectors")
-        thresholds = model_thresholds(vectors=vectors, density=config.density)
+        thresholds = model_thresholds(vectors=vectors, density=config.density, device=device)
     tensors: dict[str, dict[str, Any]] = {}
+    meter = Meter(total_bytes=sum(store.tensors[name].num_bytes for name in names), say=progress)
 
-    def replacement(name: str) -> Tensor:
-        before = store.read(name)
-        merged = combine(name, vectors=vectors, config=config, thresholds=thresholds)
+    @torch.no_grad()
+    def replacement(name: str, stored: Tensor) -> Tensor:
+        before = stored.to(device)
+        merged = combine(name, vectors=vectors, config=config, thresholds=thresholds, device=device)
         after = add_update(before, update=merged.update, scale=config.scale)
-        if not bool(after.isfinite().all()):
+        if not all_finite(after):
             raise InputError(
                 f"the merged tensor {name} is not finite in {str(after.dtype).removeprefix('torch.')}",
                 where=f"trials {', '.join(vector.trial for vector in vectors)}",
                 fix="lower the scale or the weights",
             )
-        changed = int((after != before).sum())
+        changed = count_changed(before, after)
         tensors[name] = {
             "shape": list(before.shape),
             "kept": list(merged.kept),
@@ -160,13 +194,41 @@ def _write_weights(
             "norm_ratio": merged.norm_ratio,
             "changed_weights": changed,
         }
-        if progress:
-            progress(f"{len(tensors)}/{len(names)} {name}: {changed / max(after.numel(), 1):.0%} of the weights changed")
-        return after
+        meter.add(store.tensors[name].num_bytes, what=f"{name}: {changed / max(after.numel(), 1):.0%} of the weights changed")
+        return after.cpu()
 
-    with torch.no_grad():
-        hashes = rewrite_shards(store=store, folder=folder, names=names, replacement=replacement)
-    return tensors, hashes
+    rewritten = rewrite_shards(store=store, folder=folder, names=names, replacement=replacement, workers=workers)
+    return {name: tensors[name] for name in names}, rewritten
+
+
+class Meter:
+    """Lines of progress: bytes done, bytes in all, and the time that the rest will take at the speed so far.
+
+    Args:
+        total_bytes: of everything that is to be done.
+        say: called with each line; null for silence.
+        clock: seconds.
+    """
+
+    def __init__(self, *, total_bytes: int, say: Callable[[str], None] | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._say, self._clock = total_bytes, say, clock
+        self._done, self._started = 0, clock()
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int, *, what: str) -> None:
+        """So many bytes more are done; threads may call this."""
+        with self._lock:
+            self._done += num_bytes
+            seconds = self._clock() - self._started
+            rest = seconds * (self._total - self._done) / self._done if self._done else 0.0
+            if self._say:
+                self._say(f"{self._done / 2**20:,.0f} of {self._total / 2**20:,.0f} MiB, {rest:.0f} s to go; {what}")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_request(*, base: Path, trials: Sequence[Path], out: Path, config: MergeConfig) -> None:

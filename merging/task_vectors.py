@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ class TaskVector:
     names: tuple[str, ...]
     details: dict[str, Any]
     read: Callable[[str, str], Tensor]
+    target_hash: str | None = None
+    """Hash of the weights that the trial started from, where it recorded one."""
 
     def update(self, name: str, *, device: str = "cpu") -> Tensor:
         """The update of one base tensor, float32, in the base's shape; computed on ``device``.
@@ -44,6 +46,20 @@ class TaskVector:
         check_finite(update, name=name, trial=self.trial, folder=self.folder)
         return update
 
+    def check_base(self, found: str, *, base: Path) -> None:
+        """Compare the base's hash (see ``weights_hash``) with the one that the trial recorded.
+
+        Raises:
+            InputError: if the trial started from other weights.
+        """
+        if self.target_hash and self.target_hash != found:
+            raise InputError(
+                "the trial was trained from another target",
+                where=f"trial {self.trial}, {self.folder / 'manifest.json'}: target_hash = {self.target_hash[:12]}…",
+                why=f"the weights of {base} have the hash {found[:12]}…, so trial minus base is not what the trial learned",
+                fix="give --base the model that the trial started from",
+            )
+
     def describe(self) -> dict[str, Any]:
         """Name, folder, kind, content hash and what decides the update, for records."""
         return {"trial": self.trial, "path": str(self.folder), "kind": self.kind, "tensors": len(self.names), **self.details}
@@ -54,13 +70,14 @@ class TaskVector:
         return self.details["hash"]
 
 
-def open_task_vector(*, base: Path, trial: Path, name: str | None = None) -> TaskVector:
+def open_task_vector(*, base: Path, trial: Path, name: str | None = None, check_base: bool = True) -> TaskVector:
     """Open a trial's update for streaming; everything but the arithmetic is checked here.
 
     Args:
         base: the model folder that the trial started from (its target).
         trial: a trial folder (its newest complete checkpoint is taken) or a checkpoint folder, with a LoRA adapter or full weights.
         name: what records and messages call it; null takes the trial folder's name.
+        check_base: whether the base's bytes are compared with those that the trial recorded now, or later by ``TaskVector.check_base``.
 
     Raises:
         InputError: if the trial was trained from other weights, if a tensor is missing, extra, mis-shaped or not finite, or if the
@@ -68,11 +85,16 @@ def open_task_vector(*, base: Path, trial: Path, name: str | None = None) -> Tas
     """
     base, folder = Path(base), resolve_checkpoint(trial)
     name, store = name or trial_name(folder), open_base(base)
-    _check_manifest(folder, base=base, trial=name)
+    recorded = _check_manifest(folder, trial=name)
     tied = _tied_names(base)
     if (folder / "adapter_config.json").exists():
-        return _open_lora(folder, store=store, trial=name, tied=tied)
-    return _open_full(folder, store=store, trial=name)
+        vector = _open_lora(folder, store=store, trial=name, tied=tied)
+    else:
+        vector = _open_full(folder, store=store, trial=name)
+    vector = replace(vector, target_hash=recorded)
+    if check_base and recorded:
+        vector.check_base(weights_hash(base), base=base)
+    return vector
 
 
 def resolve_checkpoint(trial: Path) -> Path:
@@ -131,9 +153,16 @@ def _weights_hash(folder: str, state: tuple) -> str:
     return sha256_folder(Path(folder), suffixes=(".safetensors",))
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass without a copy, because the extremes of a tensor with a NaN are NaN."""
+    if not values.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in values.aminmax())
+
+
 def check_finite(values: Tensor, *, name: str, trial: str, folder: Path) -> None:
     """Raises InputError naming tensor and trial if a value is NaN or infinite."""
-    if not bool(values.isfinite().all()):
+    if not all_finite(values):
         count = int((~values.isfinite()).sum())
         raise InputError(
             f"{count} of {values.numel()} values of tensor {name} are not finite",
@@ -152,22 +181,14 @@ def _step(folder: Path) -> int:
     return int(digits) if digits else -1
 
 
-def _check_manifest(folder: Path, *, base: Path, trial: str) -> None:
-    """A checkpoint must belong to the base, and hold the bytes that were written."""
+def _check_manifest(folder: Path, *, trial: str) -> str | None:
+    """A checkpoint must hold the bytes that were written; returns the hash of the weights that it started from, if it names one."""
     path = folder / "manifest.json"
     if not path.exists():
-        return
+        return None
     manifest = read_json(path)
     if not isinstance(manifest, dict):
         raise InputError("the checkpoint's manifest is not an object", where=f"trial {trial}, {path}", fix="take another checkpoint")
-    recorded = manifest.get("target_hash")
-    if recorded and recorded != weights_hash(base):
-        raise InputError(
-            "the trial was trained from another target",
-            where=f"trial {trial}, {path}: target_hash = {recorded[:12]}…",
-            why=f"the weights of {base} have the hash {weights_hash(base)[:12]}…, so trial minus base is not what the trial learned",
-            fix="give --base the model that the trial started from",
-        )
     name, digest = manifest.get("weights_file"), manifest.get("weights_sha256")
     if name and digest and (folder / name).exists() and sha256_file(folder / name) != digest:
         raise InputError(
@@ -176,6 +197,7 @@ def _check_manifest(folder: Path, *, base: Path, trial: str) -> None:
             why="their SHA-256 differs from the one in manifest.json: the file was cut off or changed",
             fix="copy the checkpoint again, or take an earlier one of the trial",
         )
+    return manifest.get("target_hash")
 
 
 def _tied_names(base: Path) -> frozenset[str]:

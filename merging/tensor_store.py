@@ -6,15 +6,17 @@ Source: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainers.errors import InputError, RunError
 from trainers.files import read_json
@@ -22,6 +24,8 @@ from trainers.files import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+R = TypeVar("R")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
           "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -43,6 +47,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor in the file."""
+        return self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -125,33 +134,80 @@ def open_base(folder: Path) -> TensorStore:
     return TensorStore(folder=folder, shards=shards, tensors=tensors)
 
 
-def rewrite_shards(*, store: TensorStore, folder: Path, names: Sequence[str], replacement: Callable[[str], Tensor]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Rewritten:
+    """What a rewrite read and wrote, by SHA-256.
+
+    Args:
+        tensors: of the new bytes of each replaced tensor.
+        sources: of each shard file that was read.
+    """
+
+    tensors: dict[str, str]
+    sources: dict[str, str]
+
+
+def rewrite_shards(
+    *, store: TensorStore, folder: Path, names: Sequence[str], replacement: Callable[[str, Tensor], Tensor], workers: int = 1
+) -> Rewritten:
     """Write the shards of ``store`` into ``folder`` again, with the bytes of some tensors replaced.
 
-    Header, offsets and every other byte are those of the base file; one replacement is held at a time.
+    Header, offsets and every other byte are those of the base file. Every byte of it is read once and hashed on the way.
 
     Args:
         names: the tensors to replace.
-        replacement: called once per name, in file order; a tensor of the stored dtype and shape.
-
-    Returns:
-        SHA-256 of the new bytes of each replaced tensor.
+        replacement: called once per name with the stored tensor; returns one of the same dtype and shape. Calls begin in file order.
+        workers: calls at the same time, each in a thread of its own; that many tensors and one more are held at most.
     """
-    hashes: dict[str, str] = {}
     wanted = set(names)
-    for shard in store.shards:
-        changed = sorted((t for t in store.tensors.values() if t.shard == shard and t.name in wanted), key=lambda t: t.start)
-        with open(shard, "rb", buffering=0) as source, open(folder / shard.name, "wb", buffering=0) as target:
-            position = 0
-            for tensor in changed:
-                _copy_range(source.fileno(), target.fileno(), start=position, end=tensor.start)
-                data = _checked_bytes(replacement(tensor.name), tensor)
-                hashes[tensor.name] = hashlib.sha256(data).hexdigest()
-                _write_at(target.fileno(), data, offset=tensor.start)
-                position = tensor.end
-            _copy_range(source.fileno(), target.fileno(), start=position, end=os.fstat(source.fileno()).st_size)
-            os.fsync(target.fileno())
-    return hashes
+    ordered = sorted((t for t in store.tensors.values() if t.name in wanted), key=lambda t: (store.shards.index(t.shard), t.start))
+
+    def compute(stored: StoredTensor) -> tuple[StoredTensor, memoryview, memoryview, str]:
+        before = store.read(stored.name)
+        after = _checked_bytes(replacement(stored.name, before), stored)
+        return stored, tensor_bytes(before), after, hashlib.sha256(after).hexdigest()
+
+    tensors: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    with contextlib.closing(_ahead(compute, ordered, workers=workers)) as replaced:
+        for shard in store.shards:
+            seen = hashlib.sha256()
+            with open(shard, "rb", buffering=0) as source, open(folder / shard.name, "wb", buffering=0) as target:
+                position = 0
+                for _ in range(sum(stored.shard == shard for stored in ordered)):
+                    stored, before, after, tensors[stored.name] = next(replaced)
+                    _copy_range(source.fileno(), target.fileno(), start=position, end=stored.start, seen=seen)
+                    seen.update(before)
+                    _write_at(target.fileno(), after, offset=stored.start)
+                    position = stored.end
+                    del before, after
+                _copy_range(source.fileno(), target.fileno(), start=position, end=os.fstat(source.fileno()).st_size, seen=seen)
+                os.fsync(target.fileno())
+            sources[shard.name] = seen.hexdigest()
+    return Rewritten(tensors=tensors, sources=sources)
+
+
+def _ahead(function: Callable[[T], R], items: Sequence[T], *, workers: int) -> Generator[R, None, None]:
+    """``map`` in order, with up to ``workers`` calls under way in threads that use one core each."""
+    if workers == 1:
+        for item in items:
+            yield function(item)
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        waiting = deque(pool.submit(function, item) for item in items[:workers])
+        for index in range(len(items)):
+            done = waiting.popleft().result()
+            if index + workers < len(items):
+                waiting.append(pool.submit(function, items[index + workers]))
+            yield done
+            del done
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def header_hash(shard: Path) -> str:
@@ -241,24 +297,12 @@ def _write_at(fd: int, data: memoryview, *, offset: int) -> None:
         offset, data = offset + count, data[count:]
 
 
-def _copy_range(source: int, target: int, *, start: int, end: int) -> None:
-    """Copy bytes in the kernel where the file system can, else through a small buffer."""
-    in_kernel = hasattr(os, "copy_file_range")
+def _copy_range(source: int, target: int, *, start: int, end: int, seen: hashlib._Hash) -> None:
+    """Copy bytes through a buffer, and hash them."""
     while start < end:
-        if in_kernel:
-            try:
-                count = os.copy_file_range(source, target, min(end - start, 1 << 30), start, start)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF):
-                    raise
-                count = 0
-            # Some file systems answer 0 instead of an error.
-            in_kernel = count > 0
-            start += count
-            if in_kernel:
-                continue
         block = os.pread(source, min(end - start, BLOCK), start)
         if not block:
             raise RunError("the base file became shorter while it was copied")
+        seen.update(block)
         _write_at(target, memoryview(block), offset=start)
         start += len(block)

@@ -6,7 +6,10 @@ With its defaults every function is bit-equal to ``peft.utils.merge_utils.ties``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,8 +17,12 @@ from torch import Tensor
 
 LOW_BITS = 15
 """A magnitude's 31 bits are histogrammed in two steps: the high 16 bits, then the low 15 inside one bin."""
-BLOCK = 1 << 18
-"""Elements that the elementwise steps handle at a time, so that their temporaries stay in the cache."""
+FIRST_NOT_FINITE = 0x7F800000 >> LOW_BITS
+"""The bin of infinity; NaN has it too, or a higher one."""
+COUNT_BLOCK = 1 << 20
+"""Elements counted at a time: the temporaries stay in the cache."""
+BLOCK = 1 << 15
+"""Elements merged at a time: a few blocks fit the innermost caches, and arithmetic then costs less than reading."""
 
 
 def magnitude_histogram(update: Tensor, *, inside: int | None = None) -> Tensor:
@@ -24,18 +31,25 @@ def magnitude_histogram(update: Tensor, *, inside: int | None = None) -> Tensor:
     The bit pattern of a non-negative float grows with its value, so counting patterns orders values exactly, without sorting.
 
     Args:
-        update: float32, any shape, finite.
+        update: float32, any shape; values that are not finite are counted from bin ``FIRST_NOT_FINITE`` on.
         inside: null counts the high 16 bits of every |value| (65,536 bins); a bin of that histogram counts the low 15 bits of the
             values inside it (32,768 bins).
 
     Returns:
         int64 counts, from small to large magnitudes.
     """
-    bits = update.reshape(-1).view(torch.int32) & 0x7FFFFFFF
-    if inside is None:
-        return torch.bincount(bits >> LOW_BITS, minlength=1 << (31 - LOW_BITS))
-    chosen = bits[(bits >> LOW_BITS) == inside]
-    return torch.bincount(chosen & ((1 << LOW_BITS) - 1), minlength=1 << LOW_BITS)
+    patterns = update.reshape(-1).view(torch.int32)
+    num_bins = 1 << (31 - LOW_BITS) if inside is None else 1 << LOW_BITS
+    counts = torch.zeros(num_bins, dtype=torch.int64, device=update.device)
+    step = COUNT_BLOCK if update.device.type == "cpu" else max(patterns.numel(), 1)
+    for start in range(0, patterns.numel(), step):
+        bits = patterns[start : start + step] & 0x7FFFFFFF
+        if inside is None:
+            bits = bits >> LOW_BITS
+        else:
+            bits = bits[(bits >> LOW_BITS) == inside] & ((1 << LOW_BITS) - 1)
+        counts += torch.bincount(bits, minlength=num_bins)
+    return counts
 
 
 def bin_of_kth_largest(counts: Tensor, *, k: int) -> tuple[int, int]:
@@ -51,11 +65,50 @@ def magnitude_from_bins(*, high: int, low: int) -> float:
     return torch.tensor((high << LOW_BITS) | low, dtype=torch.int32).view(torch.float32).item()
 
 
+@dataclass(frozen=True)
+class Border:
+    """Where a trim cuts.
+
+    Args:
+        magnitude: the smallest |value| that is kept; 0 keeps everything, infinity nothing.
+        reaching: how many elements reach it; more than are to be kept where equal magnitudes meet at the border.
+    """
+
+    magnitude: float
+    reaching: int
+
+
+def find_borders(update: Tensor, *, num_kept: Sequence[int]) -> list[Border]:
+    """The exact borders that keep the given numbers of elements of a float32 tensor.
+
+    The first counting pass serves all of them, and each takes a second one over the values of one bin.
+
+    Args:
+        update: float32, any shape, finite.
+        num_kept: how many elements are kept, 0 to all of them.
+    """
+    numel = update.numel()
+    counts = magnitude_histogram(update) if any(0 < number < numel for number in num_kept) else None
+    borders = []
+    for number in num_kept:
+        if number >= numel:
+            borders.append(Border(0.0, numel))
+        elif number == 0:
+            borders.append(Border(math.inf, 0))
+        else:
+            assert counts is not None
+            high, above = bin_of_kth_largest(counts, k=number)
+            inner = magnitude_histogram(update, inside=high)
+            low, inner_above = bin_of_kth_largest(inner, k=number - above)
+            borders.append(Border(magnitude_from_bins(high=high, low=low), above + inner_above + int(inner[low])))
+    return borders
+
+
 def kth_largest_magnitude(update: Tensor, *, k: int) -> float:
     """The exact k-th largest |value| of a float32 tensor, 1 <= k <= number of elements, in two counting passes."""
-    high, above = bin_of_kth_largest(magnitude_histogram(update), k=k)
-    low, _ = bin_of_kth_largest(magnitude_histogram(update, inside=high), k=k - above)
-    return magnitude_from_bins(high=high, low=low)
+    if k == update.numel():
+        return float(update.abs().min())
+    return find_borders(update, num_kept=[k])[0].magnitude
 
 
 def trim(update: Tensor, *, density: float, threshold: float | None = None) -> Tensor:
@@ -70,82 +123,107 @@ def trim(update: Tensor, *, density: float, threshold: float | None = None) -> T
     Raises:
         ValueError: if the density is not in (0, 1].
     """
+    prepared, limit = prepare_trim(update, density=density, threshold=threshold)
+    return prepared if limit == 0 else torch.nn.functional.hardshrink(prepared, _below(limit))
+
+
+def prepare_trim(update: Tensor, *, density: float, threshold: float | None = None, border: Border | None = None) -> tuple[Tensor, float]:
+    """What is left of a trim: a tensor and the magnitude from which its elements are kept (0: it is trimmed already).
+
+    Args:
+        update, density, threshold: as in ``trim``.
+        border: of int(density * n) elements, if it is known.
+    """
     if not 0 < density <= 1:
         raise ValueError(f"density = {density} must be in (0, 1]: the fraction of each task vector kept")
     if threshold is not None:
-        return torch.where(update.abs() >= threshold, update, 0.0)
+        return update, threshold
     num_kept = int(density * update.numel())
     if density == 1:
-        return update
-    if num_kept == 0:
-        return torch.zeros_like(update)
-    border = kth_largest_magnitude(update, k=num_kept)
-    keep = update.abs() >= border
+        return update, 0.0
+    border = border or find_borders(update, num_kept=[num_kept])[0]
     # Zeros at the border contribute nothing whether they are kept or not.
-    if border > 0 and int(keep.sum()) > num_kept:
-        keep = torch.zeros_like(keep).reshape(-1)
-        keep[torch.topk(update.abs().reshape(-1), k=num_kept).indices] = True
-        keep = keep.reshape(update.shape)
-    return torch.where(keep, update, 0.0)
+    if border.magnitude > 0 and border.reaching > num_kept:
+        kept = torch.zeros_like(update, memory_format=torch.contiguous_format)
+        chosen = torch.topk(update.abs().reshape(-1), k=num_kept).indices
+        kept.reshape(-1)[chosen] = update.reshape(-1)[chosen]
+        return kept, 0.0
+    return update, border.magnitude
 
 
-def elect_sign(voters: Sequence[Tensor], *, zero_sum: Literal["positive", "drop"] = "positive") -> Tensor:
-    """The sign of the sum of the trimmed task vectors, per element, as +1.0 or -1.0.
-
-    Args:
-        voters: trimmed float32 task vectors of one shape; weighted, if the election is to be weighted.
-        zero_sum: what a sum of exactly zero elects: +1, or 0 (no sign, hence no update).
-    """
-    total = voters[0].clone()
-    for voter in voters[1:]:
-        total += voter
-    if zero_sum == "drop":
-        return total.sign()
-    return torch.where(total >= 0, 1.0, -1.0)
+def _below(limit: float) -> float:
+    """The largest float32 under a magnitude: what is larger than it reaches the magnitude."""
+    return float(torch.nextafter(torch.tensor(limit), torch.tensor(0.0)))
 
 
-def disjoint_mean(
-    trimmed: Sequence[Tensor],
-    *,
-    sign: Tensor,
-    weights: Sequence[float],
-    elect: Literal["unweighted", "weighted"] = "unweighted",
-    divisor: Literal["count", "weight"] = "count",
-) -> Tensor:
-    """Mean of ``w_i * t_i`` over the task vectors that agree with the elected sign; trimmed zeros never count.
+@dataclass(frozen=True)
+class TiesMerge:
+    """The merge of one tensor, and what happened there.
 
     Args:
-        trimmed: trimmed float32 task vectors t_i of one shape.
-        sign: elected sign per element, +1, -1 or 0.
-        weights: one w_i per task vector.
-        elect: whether t_i or w_i * t_i is compared with the sign (they differ for negative weights only).
-        divisor: divide by the number or by the weights of the agreeing vectors; where none agrees, the result is 0.
+        update: the disjoint mean, float32, without the scale.
+        kept: per task vector, the number of elements that survived the trim with a value other than zero.
+        conflicts: number of elements where the kept values have both signs.
     """
-    total, divide_by = torch.zeros_like(trimmed[0]), torch.zeros_like(trimmed[0])
-    for update, weight in zip(trimmed, weights, strict=True):
-        weighted = update * weight
-        agrees = (weighted if elect == "weighted" else update) * sign > 0
-        total += torch.where(agrees, weighted, 0.0)
-        divide_by += agrees if divisor == "count" else agrees * weight
-    return torch.where(divide_by == 0, 0.0, total / torch.where(divide_by == 0, 1.0, divide_by))
+
+    update: Tensor
+    kept: tuple[int, ...]
+    conflicts: int
 
 
-def merge_trimmed(
-    trimmed: Sequence[Tensor],
+def merge_updates(
+    updates: Sequence[Tensor],
     *,
+    limits: Sequence[float],
     weights: Sequence[float],
     elect: Literal["unweighted", "weighted"] = "unweighted",
     divisor: Literal["count", "weight"] = "count",
     zero_sum: Literal["positive", "drop"] = "positive",
-) -> Tensor:
-    """Elect and average task vectors that are trimmed already, a block of elements at a time."""
-    merged = torch.empty_like(trimmed[0], memory_format=torch.contiguous_format)
-    flat = merged.reshape(-1)
-    for block, parts in _blocks(trimmed):
-        voters = [part * weight for part, weight in zip(parts, weights, strict=True)] if elect == "weighted" else parts
-        sign = elect_sign(voters, zero_sum=zero_sum)
-        flat[block] = disjoint_mean(parts, sign=sign, weights=weights, elect=elect, divisor=divisor)
-    return merged
+) -> TiesMerge:
+    """Trim at known limits, elect and average, a block of elements at a time.
+
+    Everything is arithmetic on whole blocks: a trimmed value times the elected sign is positive where it agrees, so its positive part is
+    what enters the mean, and the sign of that part counts it.
+
+    Args:
+        updates: float32 task vectors t_i of one shape, finite.
+        limits: per task vector, the magnitude from which elements are kept; 0 keeps all.
+        weights: one positive w_i per task vector.
+        elect: elect the sign of sum(t_i) or of sum(w_i * t_i).
+        divisor: divide sum(w_i * t_i) over those that agree by their number, or by their weights.
+        zero_sum: what a sum of exactly zero elects: +, or no sign, hence no update.
+    """
+    merged = torch.empty_like(updates[0], memory_format=torch.contiguous_format)
+    flat, sources = merged.reshape(-1), [update.reshape(-1) for update in updates]
+    lambdas = [_below(limit) if limit > 0 else 0.0 for limit in limits]
+    unit = all(weight == 1 for weight in weights)
+    step = BLOCK if merged.device.type == "cpu" else 1 << 24
+    one = torch.ones((), device=merged.device)
+    kept = [torch.zeros((), dtype=torch.int64, device=merged.device) for _ in updates]
+    conflicts = torch.zeros((), dtype=torch.int64, device=merged.device)
+    against = torch.zeros((), dtype=torch.float64, device=merged.device)
+    for start in range(0, flat.numel(), step):
+        # hardshrink keeps what is larger in magnitude than its parameter.
+        parts = [torch.hardshrink(source[start : start + step], bound) for source, bound in zip(sources, lambdas, strict=True)]
+        for count, part in zip(kept, parts, strict=True):
+            count += torch.count_nonzero(part)
+        total = _sum(parts, weights if elect == "weighted" and not unit else None)
+        sign = torch.copysign(one, total) if zero_sum == "positive" else total.sign()
+        agreeing = [(part * sign).relu_() for part in parts]
+        votes = [part.sign() for part in agreeing]
+        number = _sum(votes, None)
+        divide_by = _sum(votes, weights) if divisor == "weight" and not unit else number
+        smallest = 1.0 if divide_by is number else min(weights)
+        numerator = _sum(agreeing, None if unit else weights)
+        torch.mul(numerator.div_(divide_by.clamp(min=smallest)), sign, out=flat[start : start + step])
+        if len(parts) == 2 and zero_sum == "positive":
+            against -= number.sum(dtype=torch.float64)
+        elif len(parts) > 1:
+            conflicts += count_sign_conflicts(parts)
+    if len(updates) == 2 and zero_sum == "positive":
+        # Of two values at most one disagrees, and then the other agrees: a conflict is a kept value that did not vote.
+        conflicts = sum(kept) + against.to(torch.int64)
+    return TiesMerge(update=merged, kept=tuple(int(count) for count in kept), conflicts=int(conflicts))
 
 
 def ties(
@@ -166,7 +244,7 @@ def ties(
     Args:
         updates: float32 task vectors t_i of one shape: trial weights minus target weights.
         density: fraction of each kept by the trim, in (0, 1].
-        weights: one factor per task vector, applied in the mean; null is 1 for each.
+        weights: one positive factor per task vector, applied in the mean; null is 1 for each.
         elect: elect the sign on t_i or on w_i * t_i.
         divisor: divide by the number or by the weights of the agreeing vectors.
         zero_sum: what a zero sum elects.
@@ -177,26 +255,64 @@ def ties(
 
     Source: Yadav et al. 2023, https://arxiv.org/abs/2306.01708
     """
+    return ties_merge(
+        updates=updates, density=density, weights=weights, elect=elect, divisor=divisor, zero_sum=zero_sum, thresholds=thresholds
+    ).update
+
+
+def ties_merge(
+    *,
+    updates: Sequence[Tensor],
+    density: float,
+    weights: Sequence[float] | None = None,
+    elect: Literal["unweighted", "weighted"] = "unweighted",
+    divisor: Literal["count", "weight"] = "count",
+    zero_sum: Literal["positive", "drop"] = "positive",
+    thresholds: Sequence[float] | None = None,
+    borders: Sequence[Border | None] | None = None,
+) -> TiesMerge:
+    """As ``ties``, with what happened; ``borders`` are those of int(density * n) elements where they are known."""
     check_updates(updates)
     weights = (1.0,) * len(updates) if weights is None else tuple(weights)
     for name, values in (("weights", weights), ("thresholds", thresholds)):
         if values is not None and len(values) != len(updates):
             raise ValueError(f"{len(values)} {name} for {len(updates)} updates")
-    limits = (None,) * len(updates) if thresholds is None else tuple(thresholds)
-    trimmed = [trim(update, density=density, threshold=limit) for update, limit in zip(updates, limits, strict=True)]
-    return merge_trimmed(trimmed, weights=weights, elect=elect, divisor=divisor, zero_sum=zero_sum)
+    prepared = [
+        prepare_trim(
+            update,
+            density=density,
+            threshold=None if thresholds is None else thresholds[index],
+            border=None if borders is None else borders[index],
+        )
+        for index, update in enumerate(updates)
+    ]
+    return merge_updates(
+        [update for update, _ in prepared],
+        limits=[limit for _, limit in prepared],
+        weights=weights,
+        elect=elect,
+        divisor=divisor,
+        zero_sum=zero_sum,
+    )
+
+
+def _sum(parts: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    """Sum from the first to the last, each product rounded before it is added."""
+    if weights is None:
+        total = parts[0] + parts[1] if len(parts) > 1 else parts[0].clone()
+        for part in parts[2:]:
+            total += part
+        return total
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total += part * weight
+    return total
 
 
 def count_sign_conflicts(trimmed: Sequence[Tensor]) -> int:
     """Elements where the kept values of the task vectors have both signs."""
-    conflicts = 0
-    for _, parts in _blocks(trimmed):
-        positive, negative = parts[0] > 0, parts[0] < 0
-        for part in parts[1:]:
-            positive |= part > 0
-            negative |= part < 0
-        conflicts += int((positive & negative).sum())
-    return conflicts
+    lowest, highest = functools.reduce(torch.minimum, trimmed), functools.reduce(torch.maximum, trimmed)
+    return int(torch.count_nonzero((lowest < 0) & (highest > 0)))
 
 
 def check_updates(updates: Sequence[Tensor]) -> None:
@@ -208,10 +324,3 @@ def check_updates(updates: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"updates must be float32 of one shape, got {update.dtype} {tuple(update.shape)} beside {tuple(updates[0].shape)}"
             )
-
-
-def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    for start in range(0, flat[0].numel(), BLOCK):
-        block = slice(start, start + BLOCK)
-        yield block, [tensor[block] for tensor in flat]

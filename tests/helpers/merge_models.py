@@ -13,11 +13,18 @@ from trainers.tiny import TinyOlmoConfig, build_tiny_olmo, train_tokenizer
 TEXTS = ["the river runs past the old mill", "a baker lives in town", "she keeps bees and writes letters"]
 
 
-def write_base(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: bool = False, tied: bool = False, seed: int = 0) -> Path:
+def write_base(
+    folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: bool = False, tied: bool = False, seed: int = 0, width: int = 16
+) -> Path:
     """A random OLMo of two small layers with its tokenizer; optionally in several shards, or with the head tied to the embedding."""
     tokenizer = train_tokenizer(TEXTS, vocab_size=300)
     config = TinyOlmoConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64
+        vocab_size=300,
+        hidden_size=width,
+        intermediate_size=3 * width // 2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
     )
     model = build_tiny_olmo(config, tokenizer=tokenizer, seed=seed)
     if tied:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from merging import ties
 from merging.config import MergeConfig
 from merging.in_memory import MergeSession, TensorCache
 from merging.merge import merge_checkpoint
@@ -68,6 +69,25 @@ def test_repeating_a_merge_does_not_drift(root):
     for scale in (0.5, 0.9, 1.2):
         session.apply(("trial-01", "trial-02"), MergeConfig(scale=scale))
     assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("densities", "per_tensor"), [((0.2, 0.5, 0.8), 1), ((), 3)])
+def test_thresholds_of_all_densities_come_from_one_count(root, monkeypatch, densities, per_tensor):
+    """Per trial and tensor, however many merges ask; without the densities known beforehand, once for each of them."""
+    counted = []
+    honest = ties.magnitude_histogram
+
+    def count(update, *, inside=None):
+        counted.append(inside is None)
+        return honest(update, inside=inside)
+
+    monkeypatch.setattr(ties, "magnitude_histogram", count)
+    vectors = [open_task_vector(base=root / "base", trial=root / trial) for trial in TRIALS]
+    session = MergeSession(model=load_model(root / "base"), base=root / "base", vectors=vectors, densities=densities)
+    for pair in (("trial-01", "trial-02"), ("trial-01", "trial-03"), ("trial-02", "trial-03")):
+        for density in (0.2, 0.5, 0.8):
+            session.apply(pair, MergeConfig(density=density, scale=1.1))
+    assert sum(counted) == per_tensor * sum(len(vector.names) for vector in vectors)
 
 
 def test_unknown_trials_and_wrong_weights_are_refused(root):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from merging.combine import model_thresholds
 from merging.config import MergeConfig
-from merging.merge import merge_checkpoint, verify_merge
+from merging.merge import Meter, merge_checkpoint, verify_merge
 from merging.task_vectors import open_task_vector, weights_hash
 from merging.tensor_store import header_hash, open_base
 from merging.ties import ties, trim
@@ -145,8 +147,47 @@ def test_the_record_says_which_ties_ran_on_what(root, tmp_path):
     assert q_proj["norm_ratio"] > 0
     assert record["tensors"]["model.layers.0.self_attn.k_proj.weight"]["kept"] == [0.25, 0.0]
     assert len(lines) == len(record["tensors"])
+    megabytes = sum(store.num_bytes for name, store in open_base(root / "base").tensors.items() if name in record["tensors"]) / 2**20
+    assert re.match(rf"{megabytes:.0f} of {megabytes:.0f} MiB, 0 s to go; model\..*% of the weights changed", lines[-1])
     assert record["seconds"] >= 0
     assert record["peak_rss_bytes"] > 0
+
+
+def test_progress_tells_bytes_and_the_time_that_is_left():
+    """After 1 of 4 MiB in 2 s, 6 s are left at this speed; after 3 of 4 MiB in 3 s, 1 s."""
+    lines, times = [], iter((0.0, 2.0, 3.0))
+    meter = Meter(total_bytes=4 << 20, say=lines.append, clock=lambda: next(times))
+    meter.add(1 << 20, what="a")
+    meter.add(2 << 20, what="b")
+    assert lines == ["1 of 4 MiB, 6 s to go; a", "3 of 4 MiB, 1 s to go; b"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(root, tmp_path, workers):
+    trials = [root / "trial-01", root / "trial-02", root / "trial-03"]
+    record = merge_checkpoint(base=root / "base", trials=trials, out=tmp_path / "out", config=MergeConfig(), workers=workers)
+    alone = merge_checkpoint(base=root / "base", trials=trials, out=tmp_path / "alone", config=MergeConfig(), workers=2)
+    assert record["tensors"] == alone["tensors"]
+    assert list(record["tensors"]) == list(alone["tensors"])
+    for shard in record["shards"]:
+        assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "alone" / shard).read_bytes()
+
+
+def test_the_base_is_read_once_and_the_output_written_once(tmp_path):
+    """Counted by the system: at most 1.2 times the base and the output, beside the adapters and this process's own files."""
+    base = write_base(tmp_path / "base", width=512)
+    write_lora(tmp_path / "trial-01", base=base, seed=1)
+    write_lora(tmp_path / "trial-02", base=base, seed=2)
+    trials = [tmp_path / "trial-01", tmp_path / "trial-02"]
+    merge_checkpoint(base=base, trials=trials, out=tmp_path / "warm", config=MergeConfig())
+    before = psutil.Process().io_counters()
+    merge_checkpoint(base=base, trials=trials, out=tmp_path / "out", config=MergeConfig())
+    after = psutil.Process().io_counters()
+    size = (base / "model.safetensors").stat().st_size
+    factors = sum((trial / "adapter_model.safetensors").stat().st_size for trial in trials)
+    moved = after.read_chars - before.read_chars + after.write_chars - before.write_chars
+    assert size > 4 << 20
+    assert 2 * size < moved < 1.2 * 2 * size + 4 * factors
 
 
 def test_a_trial_in_low_precision_is_noted(root, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merging.linear import linear, task_arithmetic
-from merging.ties import count_sign_conflicts, disjoint_mean, elect_sign, kth_largest_magnitude, ties, trim
+from merging.ties import count_sign_conflicts, kth_largest_magnitude, ties, ties_merge, trim
 
 DENSITIES = (0.05, 0.2, 0.5, 0.8, 0.99, 1.0)
 
@@ -89,10 +89,9 @@ def test_the_steps_by_hand():
     assert trim(a, density=0.6).tolist() == [4, -3, 2, 0, 0]
     assert trim(b, density=0.6).tolist() == [0, 5, -2, 6, 0]
     trimmed = [trim(a, density=0.6), trim(b, density=0.6)]
-    sign = elect_sign(trimmed)
-    assert sign.tolist() == [1, 1, 1, 1, 1]
-    assert disjoint_mean(trimmed, sign=sign, weights=(1.0, 1.0)).tolist() == [4, 5, 2, 6, 0]
     assert count_sign_conflicts(trimmed) == 2
+    found = ties_merge(updates=[a, b], density=0.6)
+    assert (found.update.tolist(), found.kept, found.conflicts) == ([4, 5, 2, 6, 0], (3, 3), 2)
 
 
 @pytest.mark.parametrize(("zero_sum", "expected"), [("positive", 0.5), ("drop", 0.0)])
