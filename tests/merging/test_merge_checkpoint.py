@@ -173,6 +173,18 @@ def test_the_number_of_workers_changes_nothing(root, tmp_path, workers):
         assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "alone" / shard).read_bytes()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
+def test_a_gpu_merges_as_a_cpu_does(root, tmp_path, config):
+    """Another order of additions in B @ A rounds a few weights the other way."""
+    trials = [root / "trial-01", root / "trial-02"]
+    for device in ("cpu", "cuda"):
+        merge_checkpoint(base=root / "base", trials=trials, out=tmp_path / device, config=config, device=device)
+    one, other = (load_file(tmp_path / device / "model.safetensors") for device in ("cpu", "cuda"))
+    differing = sum(int((one[name] != other[name]).sum()) for name in one)
+    assert differing <= max(2, 1e-4 * sum(value.numel() for value in one.values()))
+
+
 def test_the_base_is_read_once_and_the_output_written_once(tmp_path):
     """Counted by the system: at most 1.2 times the base and the output, beside the adapters and this process's own files."""
     base = write_base(tmp_path / "base", width=512)
