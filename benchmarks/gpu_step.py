@@ -136,16 +136,16 @@ def line(case: Case, measured: Measured | None, *, workload: Workload, settings:
     """A case as a row of the table; None stands for a case that did not fit."""
     trained = f"LoRA r={settings.lora_r}" if case.lora else "all parameters"
     name = [case.shape.name, trained, case.arm]
+    planned = "–"
+    if case.arm == OursArm.name:
+        planned = f"{planned_gib(shape=case.shape, train=case_config(case, settings=settings, dtype=dtype), workload=workload):.1f}"
     if measured is None:
-        return [*name, "out of memory", *["–"] * 7]
+        return [*name, "out of memory", *["–"] * 5, planned, "–"]
     rows, pairs = workload.forget + workload.retain, workload.num_pairs
     lora_r = settings.lora_r if case.lora else None
     seconds = statistics.median(measured.seconds)
     needed = needed_flops(case.shape, Volume.of(rows), lora_r=lora_r) / pairs
     executed = recipe_flops(case.shape, Volume.of(rows, padded_to=settings.padded_length), lora_r=lora_r) / pairs
-    planned = None
-    if case.arm == OursArm.name:
-        planned = planned_gib(shape=case.shape, train=case_config(case, settings=settings, dtype=dtype), workload=workload)
     return [
         *name,
         f"{1e3 * seconds:.2f}",
@@ -154,7 +154,7 @@ def line(case: Case, measured: Measured | None, *, workload: Workload, settings:
         f"{100 * needed / seconds / 1e12 / peak:.1f} %",
         f"{executed / seconds / 1e12:.0f}" if case.arm == RecipeArm.name else f"{needed / seconds / 1e12:.0f}",
         "–" if measured.peak_gib is None else f"{measured.peak_gib:.1f}",
-        "–" if planned is None else f"{planned:.1f}",
+        planned,
         f"{measured.first_loss:.4f}",
     ]
 
