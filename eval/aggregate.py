@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,15 @@ def set_means(rows: Sequence[ScoredRow]) -> TaskMeans:
     )
 
 
-def task_means(rows: Sequence[ScoredRow]) -> dict[str, TaskMeans]:
-    """Means per task, tasks sorted by name."""
-    return {task: set_means([row for row in rows if row.task == task]) for task in sorted({row.task for row in rows})}
+def task_means(rows: Sequence[ScoredRow], *, tasks: Iterable[str] = ()) -> dict[str, TaskMeans]:
+    """Means per task, tasks sorted by name.
+
+    Args:
+        rows: scored rows.
+        tasks: names that count even if none of their rows has a score; they get NaN, as in the benchmark.
+    """
+    names = sorted({row.task for row in rows}.union(tasks))
+    return {task: set_means([row for row in rows if row.task == task]) for task in names}
 
 
 def aggregated_terms(*, forget: dict[str, TaskMeans], retain: dict[str, TaskMeans]) -> list[Term]:
@@ -89,13 +95,23 @@ def official_block(
     retain: Sequence[ScoredRow],
     mia_auc: float | None,
     mmlu_average: float | None,
+    forget_tasks: Iterable[str] = (),
+    retain_tasks: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The result dictionary with the keys, and their order, of the benchmark's final release (December 2024).
 
     ``aggregate-score`` is -1 unless both the attack and MMLU were measured; forget values inside ``forget-set`` are not inverted;
-    NaN stands where a task lacks one kind of row.
+    NaN stands where a task lacks one kind of row. A harmonic mean of 0 is the integer 0, as the ``statistics`` module gives it.
+
+    Args:
+        forget: scored rows of the forget set.
+        retain: scored rows of the retain set.
+        mia_auc: AUC of the membership attack, or None.
+        mmlu_average: MMLU accuracy, or None.
+        forget_tasks: tasks of the forget set, those without a scored row among them.
+        retain_tasks: the same of the retain set.
     """
-    means = {"forget": task_means(forget), "retain": task_means(retain)}
+    means = {"forget": task_means(forget, tasks=forget_tasks), "retain": task_means(retain, tasks=retain_tasks)}
     block: dict[str, Any] = {}
     for name, rows in (("forget", forget), ("retain", retain)):
         overall = set_means(rows)
@@ -109,7 +125,7 @@ def official_block(
     if mmlu_average is not None:
         block["mmlu_average"] = mmlu_average
     values = [term.value for term in aggregated_terms(forget=means["forget"], retain=means["retain"])]
-    aggregate = task_aggregate(values)
+    aggregate = statistics.harmonic_mean(values) if values else math.nan
     block["aggregated-terms"] = values
     block["aggregate-score"] = -1
     block["harmonic-mean-task-aggregate"] = aggregate

@@ -32,7 +32,8 @@ class SetTable:
         cells: (task, kind) of each column.
         sums_UC: sum of the scores.
         counts_UC: number of rows.
-        other_UX: columns log-probability, correct tokens, tokens, degenerate completions, completions.
+        other_UX: columns log-probability, correct tokens, tokens, degenerate completions, completions, extraction strength, and the
+            rows that have one.
     """
 
     units: list[str]
@@ -82,19 +83,22 @@ def _set_table(rows: Sequence[Row]) -> SetTable:
     units = sorted(tasks)
     cells = [(task, kind) for task in sorted({row["task"] for row in rows}) for kind in (Kind.COMPLETION, Kind.QUESTION)]
     unit_index, cell_index = {u: i for i, u in enumerate(units)}, {c: i for i, c in enumerate(cells)}
-    sums, counts, other = np.zeros((len(units), len(cells))), np.zeros((len(units), len(cells))), np.zeros((len(units), 5))
+    sums, counts, other = np.zeros((len(units), len(cells))), np.zeros((len(units), len(cells))), np.zeros((len(units), 7))
     for row in rows:
         u, c = unit_index[row["document"]], cell_index[row["task"], Kind(row["kind"])]
         sums[u, c] += row["score"]
         counts[u, c] += 1
         log_prob, accuracy, tokens = row["answer_log_prob"], row["token_accuracy"], row["num_tokens"]
-        completion = row["kind"] == Kind.COMPLETION
+        completion, strength = row["kind"] == Kind.COMPLETION, row.get("extraction_strength")
+        extracted = strength is not None and not math.isnan(strength)
         other[u] += (
             math.nan if log_prob is None else log_prob,
             0 if not tokens else accuracy * tokens,
             tokens,
             completion and is_degenerate(row["output"]),
             completion,
+            strength if extracted else 0,
+            extracted,
         )
     return SetTable(units=units, strata=[tasks[u] for u in units], cells=cells, sums_UC=sums, counts_UC=counts, other_UX=other)
 
@@ -144,12 +148,13 @@ def score_samples(data: Tables, *, weights: Mapping[str, np.ndarray]) -> dict[st
 def _set_samples(table: SetTable, weights_SU: np.ndarray, *, name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     sums_SC, counts_SC = weights_SU @ table.sums_UC, weights_SU @ table.counts_UC
     columns = {kind: [i for i, cell in enumerate(table.cells) if cell[1] is kind] for kind in (Kind.COMPLETION, Kind.QUESTION)}
-    log_prob, correct, tokens, degenerate, completions = (weights_SU @ table.other_UX).T
+    log_prob, correct, tokens, degenerate, completions, strength, strengths = (weights_SU @ table.other_UX).T
     scores = {
         f"{name}_regurgitation": sums_SC[:, columns[Kind.COMPLETION]].sum(1) / counts_SC[:, columns[Kind.COMPLETION]].sum(1),
         f"{name}_knowledge": sums_SC[:, columns[Kind.QUESTION]].sum(1) / counts_SC[:, columns[Kind.QUESTION]].sum(1),
         f"{name}_answer_log_prob": log_prob / tokens,
         f"{name}_token_accuracy": correct / tokens,
+        f"{name}_extraction_strength": strength / strengths,
     }
     if name == "retain":
         scores["degenerate_rate"] = degenerate / completions

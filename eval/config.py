@@ -23,6 +23,10 @@ class EvalConfig(Frozen):
     stop_decided_questions: bool = Field(
         True, description="stop decoding a question as soon as its text can no longer equal the answer; never in official mode"
     )
+    stop_decided_completions: bool = Field(
+        True,
+        description="stop decoding a completion of the forget set as soon as it holds the whole reference; never in official mode",
+    )
     official: bool = Field(
         False, description="one row at a time, every token decoded, text as it comes back from the benchmark's CSV files"
     )

@@ -1,18 +1,23 @@
 """Greedy decoding, in batches with a key-value cache.
 
-Shape suffixes: B rows, T positions, V vocabulary.
+Shape suffixes: B rows, T positions, S new tokens of all rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.cleanup import clean_up
+from eval.drafts import Guesses
 from eval.forward import SplitModel, pad_token_id, split_model
+from eval.row_cache import KeptStates, RowCache, RowStates
+from trainers.data.encode import EncodedRow
+from trainers.data.packing import MAX_GROUPS, pack
 from trainers.errors import InputError
 from trainers.modeling import context_length
 from trainers.scoring import measuring
@@ -105,13 +110,144 @@ def greedy(
     results: list[list[int]] = [[] for _ in prompts]
     ends = stop_ids(model, tokenizer)
     split = split_model(model, device=device)
+    pad = pad_token_id(tokenizer)
     with measuring(model):
-        for group in _groups([len(prompt) for prompt in prompts], limits, batch_tokens=batch_tokens):
-            _decode(split, prompts, limits, results, group=group, ends=ends, pad=pad_token_id(tokenizer), device=device, stop=stop)
+        for group in decode_groups([len(prompt) for prompt in prompts], limits, batch_tokens=batch_tokens):
+            if not split.packs:
+                decode_padded(split, prompts, limits, results, group=group, ends=ends, pad=pad, device=device, stop=stop)
+                continue
+            rows = _read_prompts(split, [prompts[index] for index in group], pad=pad, device=device)
+            rows = [replace(row, index=group[row.index], limit=limits[group[row.index]]) for row in rows]
+            for index, ids in continue_rows(split, rows, ends=ends, device=device, stop=stop).items():
+                results[index] = ids
     return results
 
 
-def _groups(lengths: list[int], limits: list[int], *, batch_tokens: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class OpenRow:
+    """A row that is to be continued.
+
+    Args:
+        index: what the caller calls it.
+        ids: prompt and the tokens of the continuation that are known; all but the last have keys and values.
+        num_known: how many of them are the continuation's.
+        limit: tokens of the continuation at most, the known ones among them.
+        states: keys and values.
+        hint: tokens that are likely to appear, such as the gold answer; they save time and change nothing.
+    """
+
+    index: int
+    ids: Sequence[int]
+    num_known: int
+    limit: int
+    states: RowStates
+    hint: Sequence[int] = ()
+
+
+def _read_prompts(split: SplitModel, prompts: Sequence[Sequence[int]], *, pad: int, device: str) -> list[OpenRow]:
+    """Run prompts in one pass; each row then knows its first token, which stop rules have not seen."""
+    batch = pack(
+        [EncodedRow("", tuple(prompt), len(prompt)) for prompt in prompts],
+        pad_token_id=pad,
+        max_groups=MAX_GROUPS.get(torch.device(device).type, 3),
+    ).to(device)
+    kept = KeptStates()
+    last_B = torch.tensor([first + length - 1 for first, length in batch.row_spans], device=device)
+    with split.packing():
+        states_BD = split.run_packed(batch, wanted_N=last_B, kept=kept)
+    first_B = split.logits(states_BD).argmax(-1).tolist()
+    states = kept.rows(batch, wanted=[(row, len(prompt)) for row, prompt in enumerate(prompts)])
+    return [OpenRow(index=row, ids=(*prompt, first_B[row]), num_known=1, limit=1, states=states[row]) for row, prompt in enumerate(prompts)]
+
+
+class _Growing:
+    """A row while it is continued."""
+
+    def __init__(self, row: OpenRow, *, guessing: bool) -> None:
+        self.row = row
+        self.ids = list(row.ids[len(row.ids) - row.num_known :])
+        self.last = row.ids[-1]
+        self.guesses = Guesses(row.ids, hint=row.hint) if guessing else None
+
+    def is_done(self, *, ends: frozenset[int], stop: Stop | None) -> bool:
+        """Whether the row ends with its latest token."""
+        return self.last in ends or len(self.ids) >= self.row.limit or (stop is not None and stop(self.row.index, self.ids))
+
+    def next_ids(self) -> list[int]:
+        """The latest token, which has no keys and values yet, and guesses of those after it."""
+        # The token that follows the last guess is found as well, so the guesses leave room for it.
+        room = self.row.limit - len(self.ids) - 1
+        return [self.last, *(self.guesses.guess(limit=room) if self.guesses and room > 0 else ())]
+
+    def take(self, given: list[int], said: list[int], *, ends: frozenset[int], stop: Stop | None) -> bool:
+        """Append what greedy decoding said after each given token, up to the first wrong guess; whether the row is done."""
+        right = 0
+        while right < len(given) - 1 and given[right + 1] == said[right]:
+            right += 1
+        if self.guesses:
+            self.guesses.learn(guessed=len(given) - 1, right=right)
+        for token in said[: right + 1]:
+            self.ids.append(token)
+            self.last = token
+            if self.is_done(ends=ends, stop=stop):
+                return True
+        if self.guesses:
+            self.guesses.extend(said[: right + 1])
+        return False
+
+
+def continue_rows(
+    split: SplitModel, rows: Sequence[OpenRow], *, ends: frozenset[int], device: str, stop: Stop | None = None, guessing: bool = True
+) -> dict[int, list[int]]:
+    """Continue rows together, greedily; all tokens of each continuation by the rows' ``index``.
+
+    Called inside ``measuring``. ``stop`` is asked after every token but one that ends its row anyway, the last known one included.
+
+    Args:
+        split: a model that packs.
+        rows: at least one token each.
+        ends: ids that end a row; they are part of its continuation.
+        device: where the model is.
+        stop: given a row's ``index`` and its continuation.
+        guessing: whether several tokens of a row may be checked in one pass.
+    """
+    growing = [_Growing(row, guessing=guessing) for row in rows]
+    alive = [one for one in growing if not one.is_done(ends=ends, stop=stop)]
+    if alive:
+        cache = RowCache([one.row.states for one in alive])
+        members: list[_Growing | None] = list(alive)
+        with split.packing():
+            while any(members):
+                members = _step(split, cache, members, ends=ends, device=device, stop=stop)
+    return {one.row.index: one.ids for one in growing}
+
+
+def _step(
+    split: SplitModel, cache: RowCache, members: list[_Growing | None], *, ends: frozenset[int], device: str, stop: Stop | None
+) -> list[_Growing | None]:
+    """One forward pass for the next tokens of all rows; finished rows leave once half of the cache is theirs."""
+    if 2 * sum(one is not None for one in members) <= len(members):
+        cache.keep([index for index, one in enumerate(members) if one is not None])
+        members = [one for one in members if one is not None]
+    given = [[] if one is None else one.next_ids() for one in members]
+    cache.begin([len(ids) for ids in given])
+    ids_S = torch.tensor([token for ids in given for token in ids]).to(device, non_blocking=True)
+    said_S = split.logits(split.run_cached(ids_S, cache=cache)).argmax(-1).tolist()
+    start = 0
+    for index, one in enumerate(members):
+        said = said_S[start : start + len(given[index])]
+        start += len(given[index])
+        if one is None:
+            continue
+        before = len(one.ids)
+        if one.take(given[index], said, ends=ends, stop=stop):
+            members[index] = None
+        else:
+            cache.lengths[index] += len(one.ids) - before
+    return members
+
+
+def decode_groups(lengths: list[int], limits: list[int], *, batch_tokens: int) -> list[list[int]]:
     """Rows of similar length together, while prompt and continuation of all of them, padded, fit the budget."""
     order = sorted((index for index, limit in enumerate(limits) if limit > 0), key=lambda index: (lengths[index], limits[index], index))
     groups: list[list[int]] = []
@@ -142,7 +278,7 @@ def _positions(mask_BT: Tensor) -> Tensor:
     return (mask_BT.cumsum(-1) - 1).clamp(min=0)
 
 
-def _decode(
+def decode_padded(
     split: SplitModel,
     prompts: Sequence[Sequence[int]],
     limits: list[int],
@@ -154,6 +290,7 @@ def _decode(
     device: str,
     stop: Stop | None,
 ) -> None:
+    """Decode the rows of a group into ``results``: the way for architectures that cannot attend to packed rows."""
     ids_BT, mask_BT = _pad_left([prompts[index] for index in group], pad=pad, device=device)
     states, cache = split.run(ids_BT=ids_BT, mask_BT=mask_BT, positions_BT=_positions(mask_BT), use_cache=True)
     rows, done = list(group), [False] * len(group)

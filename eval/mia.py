@@ -14,6 +14,11 @@ def finite_or_infinite(losses: Sequence[float | None]) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.inf)
 
 
+def count_not_finite(losses: Sequence[float | None]) -> int:
+    """How many losses are no finite number."""
+    return int(np.isinf(finite_or_infinite(losses)).sum())
+
+
 def attack_auc(*, member_losses: Sequence[float | None], nonmember_losses: Sequence[float | None]) -> float:
     """P(member loss < non-member loss) + P(equal) / 2: the area under the ROC curve of the score -loss; in [0, 1].
 
@@ -29,14 +34,15 @@ def attack_auc(*, member_losses: Sequence[float | None], nonmember_losses: Seque
 
     Source: Yeom et al. 2018, https://arxiv.org/abs/1709.01604
     """
-    members, strangers = finite_or_infinite(member_losses), np.sort(finite_or_infinite(nonmember_losses))
+    from sklearn.metrics import roc_auc_score
+
+    members, strangers = finite_or_infinite(member_losses), finite_or_infinite(nonmember_losses)
     if not len(members) or not len(strangers):
         raise ValueError(f"an AUC needs both kinds of documents: {len(members)} members and {len(strangers)} non-members given")
-    at_most = np.searchsorted(strangers, members, side="right")
-    below = np.searchsorted(strangers, members, side="left")
-    # Halves of integers are exact in floating point, so the only rounding is the division.
-    wins = (len(strangers) - at_most).sum() + 0.5 * (at_most - below).sum()
-    return float(wins / (len(members) * len(strangers)))
+    # Only the order counts; ranks, equal for equal losses, stand in for losses because scikit-learn refuses infinite ones.
+    _, rank = np.unique(np.concatenate([members, strangers]), return_inverse=True)
+    labels = np.concatenate([np.ones(len(members)), np.zeros(len(strangers))])
+    return float(roc_auc_score(labels, -rank))
 
 
 def mia_score(auc: float) -> float:

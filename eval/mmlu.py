@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from eval.cleanup import through_csv
+from eval.cleanup import columns_through_csv
 from trainers.errors import InputError
 
 LETTERS = ("A", "B", "C", "D")
@@ -120,18 +120,19 @@ def _read_questions(path: Path, *, subject: str) -> tuple[Question, ...]:
 
 def as_pandas_reads(data: MmluData) -> MmluData:
     """The cells as the published accuracies saw them: pandas turned choices such as ``None`` into ``nan``."""
-
-    def changed(question: Question) -> Question:
-        a, b, c, d = (through_csv(choice) for choice in question.choices)
-        return replace(question, question=through_csv(question.question), choices=(a, b, c, d))
-
-    return _map(data, changed)
-
-
-def _map(data: MmluData, change: Callable[[Question], Question]) -> MmluData:
     return MmluData(
-        dev={subject: tuple(map(change, questions)) for subject, questions in data.dev.items()},
-        test={subject: tuple(map(change, questions)) for subject, questions in data.test.items()},
+        dev={subject: _through_pandas(questions) for subject, questions in data.dev.items()},
+        test={subject: _through_pandas(questions) for subject, questions in data.test.items()},
+    )
+
+
+def _through_pandas(questions: Sequence[Question]) -> tuple[Question, ...]:
+    columns = {"question": [question.question for question in questions]}
+    columns |= {letter: [question.choices[index] for question in questions] for index, letter in enumerate(LETTERS)}
+    cells = columns_through_csv(columns)
+    return tuple(
+        replace(question, question=text, choices=(a, b, c, d))
+        for question, text, a, b, c, d in zip(questions, *cells.values(), strict=True)
     )
 
 

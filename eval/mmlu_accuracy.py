@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from eval.forward import SplitModel, pad_token_id, split_model
 from eval.mmlu import LETTERS, MmluData, Question, as_pandas_reads, mmlu_prompt
+from eval.mmlu_categories import CATEGORIES, SUBCATEGORY
 from trainers.data.encode import encode_prompt
 from trainers.errors import InputError
 from trainers.modeling import context_length
@@ -55,10 +57,47 @@ class MmluResult:
     @property
     def per_subject(self) -> dict[str, float]:
         """Share of right answers per subject."""
+        return self._per_group({subject: subject for subject in dict.fromkeys(answer.question.subject for answer in self.answers)})
+
+    @property
+    def per_subcategory(self) -> dict[str, float]:
+        """Share of right answers per subcategory, questions weighted alike; subjects that are not MMLU's own are left out."""
+        return self._per_group(SUBCATEGORY)
+
+    @property
+    def per_category(self) -> dict[str, float]:
+        """The same per category."""
+        names = {part: category for category, parts in CATEGORIES.items() for part in parts}
+        found = self._per_group({subject: names[part] for subject, part in SUBCATEGORY.items()})
+        return {category: found[category] for category in CATEGORIES if category in found}
+
+    def _per_group(self, group_of: Mapping[str, str]) -> dict[str, float]:
         groups: dict[str, list[bool]] = {}
         for answer in self.answers:
-            groups.setdefault(answer.question.subject, []).append(answer.correct)
-        return {subject: sum(flags) / len(flags) for subject, flags in groups.items()}
+            if answer.question.subject in group_of:
+                groups.setdefault(group_of[answer.question.subject], []).append(answer.correct)
+        return {group: sum(flags) / len(flags) for group, flags in groups.items()}
+
+    def metrics(self) -> dict[str, Any]:
+        """The published result file's three keys, and accuracy and questions per subject; groups without questions are left out.
+
+        Source: https://github.com/allenai/open-instruct (eval/mmlu, metrics.json)
+        """
+        return {
+            "average_acc": self.average,
+            "subcat_acc": self.per_subcategory,
+            "cat_acc": self.per_category,
+            "subject_acc": self.per_subject,
+            "subject_questions": dict(Counter(answer.question.subject for answer in self.answers)),
+        }
+
+
+@dataclass(frozen=True)
+class FittedPrompt:
+    """A question's prompt as token ids, with as many solved examples as fit."""
+
+    ids: tuple[int, ...]
+    shots: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +141,8 @@ def mmlu_accuracy(
     letters = letter_ids(tokenizer)
     limit = min(max_prompt_tokens, context_length(model.config))
     questions = data.questions
-    prompts = [_encode(index, question, data, tokenizer, shots=shots, limit=limit) for index, question in enumerate(questions)]
+    fitted = (fit_prompt(question, data=data, tokenizer=tokenizer, shots=shots, limit=limit) for question in questions)
+    prompts = [_Prompt(index, prompt.ids, prompt.shots) for index, prompt in enumerate(fitted)]
     split = split_model(model, device=device)
     chosen: dict[int, int] = {}
     with measuring(model):
@@ -156,12 +196,19 @@ def _too_long(question: Question, *, length: int, limit: int) -> InputError:
     )
 
 
-def _encode(index: int, question: Question, data: MmluData, tokenizer: Any, *, shots: int, limit: int) -> _Prompt:
+def fit_prompt(question: Question, *, data: MmluData, tokenizer: Any, shots: int, limit: int) -> FittedPrompt:
+    """The prompt of a question, its last solved example dropped while it has more than ``limit`` tokens.
+
+    Where even the bare question is too long, the published loop goes on for ever; here that is an error.
+
+    Raises:
+        InputError: naming subject and row.
+    """
     dev = data.dev.get(question.subject, ())
     for count in range(min(shots, len(dev)), -1, -1):
         ids = encode_prompt(tokenizer, mmlu_prompt(subject=question.subject, question=question, dev=dev, shots=count))
         if len(ids) <= limit:
-            return _Prompt(index=index, ids=tuple(ids), shots=count)
+            return FittedPrompt(ids=tuple(ids), shots=count)
     raise _too_long(question, length=len(ids), limit=limit)
 
 

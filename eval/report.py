@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,21 @@ SCORE_NAMES = (
     "forgetting",
     "retention",
     "degenerate_rate",
+    "forget_extraction_strength",
+    "retain_extraction_strength",
 )
 """Every report has these keys under ``scores``; what was not measured is null."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalReport:
     """Everything one evaluation found.
 
     Args:
         fold: which rows were scored: train, validation or test.
         model: the model's name, for instance ``trials/trial-03``.
-        official: the benchmark's own result dictionary.
+        official: the benchmark's own result dictionary. A value that is not a number is NaN here and null in the file, where the
+            benchmark's script writes the bare word NaN, which is no JSON.
         scores: one number per name of ``SCORE_NAMES``; None where it was not measured or is not finite.
         intervals: [low, high] per score that has one.
         counts: rows, documents, questions, tokens.
@@ -51,6 +54,8 @@ class EvalReport:
         config: the ``EvalConfig`` as a dictionary.
         seconds: wall time.
         rows: one dictionary per scored row, document or question.
+        attack: ``auc``, its ``standard_error``, ``members``, ``nonmembers`` and ``not_finite`` (losses); empty without an attack.
+        mmlu: ``average_acc``, ``subcat_acc``, ``cat_acc``, ``subject_acc`` and ``subject_questions``; empty without MMLU.
     """
 
     fold: str
@@ -65,16 +70,19 @@ class EvalReport:
     config: Mapping[str, Any]
     seconds: float
     rows: list[dict[str, Any]]
+    attack: Mapping[str, Any] = field(default_factory=dict)
+    mmlu: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedReport(EvalReport):
     """A report read back from its files."""
 
     path: Path
 
 
-_SUMMARY = [field.name for field in fields(EvalReport) if field.name != "rows"]
+_SUMMARY = {entry.name: entry.default_factory is MISSING for entry in fields(EvalReport) if entry.name != "rows"}
+"""Name to whether a file must hold it; the others were added later."""
 
 
 def rows_path(path: Path) -> Path:
@@ -105,10 +113,10 @@ def read_report(path: Path) -> LoadedReport:
         raise InputError(
             f"schema_version is {version!r}, but this version reads {SCHEMA_VERSION}", where=str(path), fix="run the evaluation again"
         )
-    missing = [name for name in _SUMMARY if name not in value]
+    missing = [name for name, needed in _SUMMARY.items() if needed and name not in value]
     if missing:
         raise InputError(f"not an evaluation report: {', '.join(missing)} missing", where=str(path), fix="run the evaluation again")
-    return LoadedReport(path=path, rows=_read_rows(rows_path(path)), **{name: value[name] for name in _SUMMARY})
+    return LoadedReport(path=path, rows=_read_rows(rows_path(path)), **{name: value[name] for name in _SUMMARY if name in value})
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""ROUGE-L recall: how much of the reference a generation contains, in order."""
+"""ROUGE-L: how much of the reference a generation contains, in order."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def rouge_l_recall(*, reference: str, prediction: str) -> float:
     Source: Lin 2004, https://aclanthology.org/W04-1013, as computed by the rouge_score package with ``use_stemmer=True``.
     """
     return float(_scorer().score(reference, prediction)["rougeL"].recall)
+
+
+def rouge_l_f1(*, reference: str, prediction: str) -> float:
+    """Harmonic mean of ROUGE-L recall and precision, in [0, 1]: text after the reference costs precision. Words as in ``rouge_l_recall``.
+
+    Source: Lin 2004, https://aclanthology.org/W04-1013
+    """
+    return float(_scorer().score(reference, prediction)["rougeL"].fmeasure)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from eval.answers import Answers, official_texts
+from eval.answers import Answers
+from eval.cleanup import columns_through_csv
 from eval.exact_match import exact_match
 from eval.measure import AttackLosses, TaskSet
 from eval.mmlu_accuracy import MmluResult
@@ -23,9 +24,9 @@ def task_rows(*, sets: dict[str, TaskSet], places: Sequence[tuple[str, int]], an
         official: score the texts as the benchmark's script sees them after its CSV files.
     """
     rows = []
-    for (name, index), answer in zip(places, answers.answers, strict=True):
+    compared = _compared_texts(sets=sets, places=places, answers=answers, official=official)
+    for (name, index), answer, (expected, output) in zip(places, answers.answers, compared, strict=True):
         record, score = sets[name].records[index], sets[name].scores[index]
-        expected, output = official_texts(record.output, answer.text) if official else (record.output, answer.text)
         if record.kind is Kind.COMPLETION:
             value = rouge_l_recall(reference=expected, prediction=output)
         else:
@@ -45,11 +46,25 @@ def task_rows(*, sets: dict[str, TaskSet], places: Sequence[tuple[str, int]], an
             "num_tokens": score.num_tokens,
             "token_accuracy": score.token_accuracy,
             "matched_fraction": score.matched_fraction,
+            "extraction_strength": score.extraction_strength,
+            "decided": answer.decided,
         }
-        if record.kind is Kind.QUESTION:
-            row["decided"] = answer.decided
         rows.append(row)
     return rows
+
+
+def _compared_texts(
+    *, sets: dict[str, TaskSet], places: Sequence[tuple[str, int]], answers: Answers, official: bool
+) -> list[tuple[str, str]]:
+    """Expected and generated text of every answer; in official mode as they come back from the script's file of their set."""
+    texts = [(sets[name].records[index].output, answer.text) for (name, index), answer in zip(places, answers.answers, strict=True)]
+    if official:
+        for name in sets:
+            own = [position for position, (other, _) in enumerate(places) if other == name]
+            columns = {"expected": [texts[position][0] for position in own], "output": [texts[position][1] for position in own]}
+            for position, pair in zip(own, zip(*columns_through_csv(columns).values(), strict=True), strict=True):
+                texts[position] = pair
+    return texts
 
 
 def attack_rows(*, attack: AttackDocuments, attacked: AttackLosses) -> list[dict[str, Any]]:

@@ -8,17 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.answers import answer_rows
 from eval.config import EvalConfig
 from eval.deviations import list_deviations
 from eval.generate import altered_generation
-from eval.measure import TaskSet, run_attack, score_set
+from eval.measure import encode_data
 from eval.mmlu import MmluData
-from eval.mmlu_accuracy import mmlu_accuracy
+from eval.parts import Helpers, Shard, UnitStore
+from eval.progress import Meter
 from eval.report import EvalReport
 from eval.rows import attack_rows, mmlu_rows, task_rows
 from eval.summary import build_report
-from eval.teacher_forced import RowScore
+from eval.teacher_forced import RowScore, score_rows
+from eval.work import Work
 from trainers.data.types import AttackDocuments, ForgetRetain
 
 Progress = Callable[[str], None]
@@ -53,15 +54,13 @@ def loss_only(
     Raises:
         InputError: if a row or a document is longer than the model's context.
     """
+    encoded = encode_data(data, attack=attack, model=model, tokenizer=tokenizer)
     budget = 1 if config.official else config.batch_tokens
-    sets = [
-        score_set(model=model, tokenizer=tokenizer, records=records, batch_tokens=budget, device=device)
-        for records in (data.forget, data.retain)
-    ]
-    attacked = run_attack(model=model, tokenizer=tokenizer, attack=attack, batch_tokens=budget, device=device)
-    losses = [score.answer_log_prob for task_set in sets for score in task_set.scores]
+    scores = score_rows(model=model, tokenizer=tokenizer, rows=encoded.everything, batch_tokens=budget, device=device)
+    sets, attacked = encoded.sets(scores), encoded.losses(scores)
+    losses = [score.answer_log_prob for task_set in sets.values() for score in task_set.scores]
     losses += [*attacked.members, *attacked.nonmembers] if attacked else []
-    (forget_log_prob, forget_accuracy), (retain_log_prob, retain_accuracy) = (_per_token(task_set.scores) for task_set in sets)
+    (forget_log_prob, forget_accuracy), (retain_log_prob, retain_accuracy) = (_per_token(task_set.scores) for task_set in sets.values())
     return QuickSignals(
         forget_answer_log_prob=forget_log_prob,
         retain_answer_log_prob=retain_log_prob,
@@ -92,8 +91,14 @@ def evaluate(
     model_name: str,
     device: str = "cpu",
     progress: Progress | None = None,
+    store: UnitStore | None = None,
+    meter: Meter | None = None,
+    helpers: Helpers | None = None,
 ) -> EvalReport:
     """Score a model as the benchmark does, with intervals, notes and a list of everything done differently.
+
+    With a store, what an earlier process finished of the same evaluation is not computed again, and the report is the same to the
+    digit (but for its seconds). The caller removes the store once the report is written.
 
     Args:
         model: a causal language model (or a peft model around one), already in ``config.dtype`` and on the device.
@@ -106,46 +111,45 @@ def evaluate(
         model_name: name of the model, for the report.
         device: where the model is.
         progress: told about each finished part in a sentence.
+        store: results of finished units; default: in memory.
+        meter: shows rows done and the time left.
+        helpers: other processes that share the work through the store, which then needs a folder. What they leave undone is done here.
 
     Raises:
         InputError: if a row, a document or a question does not fit the model's context.
     """
     start = time.perf_counter()
     say = progress or (lambda text: None)
-    budget = 1 if config.official else config.batch_tokens
-    sets: dict[str, TaskSet] = {}
-    for name, records in (("forget", data.forget), ("retain", data.retain)):
-        sets[name] = score_set(model=model, tokenizer=tokenizer, records=records, batch_tokens=budget, device=device)
-        say(f"{name}: {len(sets[name].rows)} answers scored under teacher forcing")
-    both = [(name, index) for name, task_set in sets.items() for index in range(len(task_set.rows))]
-    # Both sets decode together, so that the last rows of one do not run alone.
-    answers = answer_rows(
-        model=model,
-        tokenizer=tokenizer,
-        records=[sets[name].records[index] for name, index in both],
-        rows=[sets[name].rows[index] for name, index in both],
-        scores=[sets[name].scores[index] for name, index in both],
-        config=config,
-        device=device,
+    work = Work(
+        model=model, tokenizer=tokenizer, data=data, attack=attack, mmlu=mmlu, config=config, device=device, store=store or UnitStore()
     )
+    if work.open():
+        say("unfinished results of another model, other data or other settings were discarded")
+    if work.num_found:
+        say(f"going on: {work.num_found} of {work.num_rows} rows were finished before")
+    work.start_meter(meter)
+    if helpers and work.num_found < work.num_rows:
+        helpers.start()
+        try:
+            work.compute(shard=Shard(0, helpers.count), meter=meter)
+            helpers.wait(lambda: work.show(meter))
+        finally:
+            helpers.stop()
+        work.refresh()
+    work.compute(meter=meter)
+    if meter:
+        meter.finish()
+    scores, answers, questions = work.scores(), work.answers(), work.questions()
+    sets, attacked = work.encoded.sets(scores), work.encoded.losses(scores)
+    both = [(name, index) for name, task_set in sets.items() for index in range(len(task_set.rows))]
+    for name, task_set in sets.items():
+        say(f"{name}: {len(task_set.rows)} answers scored under teacher forcing")
     say(f"{answers.num_decoded} of {len(both)} answers decoded")
     rows = task_rows(sets=sets, places=both, answers=answers, official=config.official)
-    attacked = run_attack(model=model, tokenizer=tokenizer, attack=attack, batch_tokens=budget, device=device)
     if attacked and attack:
         rows += attack_rows(attack=attack, attacked=attacked)
         say(f"membership attack: AUC {attacked.auc:.3f}")
-    questions = None
-    if mmlu is not None and mmlu.questions:
-        questions = mmlu_accuracy(
-            model=model,
-            tokenizer=tokenizer,
-            data=mmlu,
-            shots=config.mmlu_shots,
-            max_prompt_tokens=config.mmlu_max_prompt_tokens,
-            batch_tokens=config.batch_tokens,
-            device=device,
-            official=config.official,
-        )
+    if questions is not None:
         rows += mmlu_rows(questions)
         say(f"MMLU: {questions.average:.3f} of {len(questions.answers)} questions")
     return build_report(
@@ -164,8 +168,35 @@ def evaluate(
             config=config,
             mmlu=mmlu,
             mmlu_result=questions,
-            outputs=[answer.text for answer in answers.answers],
         ),
         altered=altered_generation(model),
         start=start,
     )
+
+
+def evaluate_shard(
+    *,
+    model: Any,
+    tokenizer: Any,
+    data: ForgetRetain,
+    attack: AttackDocuments | None,
+    mmlu: MmluData | None,
+    config: EvalConfig,
+    store: UnitStore,
+    shard: Shard,
+    device: str = "cpu",
+    keep_going: Callable[[], bool] = lambda: True,
+) -> None:
+    """Compute every ``count``-th unit of an evaluation into a store; ``evaluate`` with the same store merges what all shards found.
+
+    No row is computed twice, and the units, with them the batches, are the same for any number of shards.
+
+    Args:
+        model, tokenizer, data, attack, mmlu, config, device: see ``evaluate``; the same in all shards.
+        store: with a folder that all shards share.
+        shard: which units.
+        keep_going: asked before each unit.
+    """
+    work = Work(model=model, tokenizer=tokenizer, data=data, attack=attack, mmlu=mmlu, config=config, device=device, store=store)
+    work.open(shard=shard)
+    work.compute(shard=shard, keep_going=keep_going)

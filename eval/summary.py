@@ -10,8 +10,9 @@ from eval.aggregate import ScoredRow, aggregated_terms, official_block, set_mean
 from eval.answers import Answers
 from eval.bootstrap import intervals, point_scores
 from eval.config import EvalConfig
+from eval.deviations import deviations_found
 from eval.measure import AttackLosses, TaskSet
-from eval.mia import mia_score
+from eval.mia import auc_standard_error, count_not_finite, mia_score
 from eval.mmlu_accuracy import MmluResult
 from eval.notes import write_notes
 from eval.report import SCORE_NAMES, EvalReport
@@ -53,16 +54,22 @@ def build_report(
         name: [ScoredRow(task=row["task"], kind=Kind(row["kind"]), score=row["score"]) for row in rows if row.get("set") == name]
         for name in sets
     }
+    # A task whose rows all lack a score counts with undefined terms, as in the benchmark.
+    tasks = {name: {record.task for record in records} for name, records in (("forget", data.forget), ("retain", data.retain))}
     official = official_block(
         forget=scored["forget"],
         retain=scored["retain"],
         mia_auc=attacked.auc if attacked else None,
         mmlu_average=questions.average if questions else None,
+        forget_tasks=tasks["forget"],
+        retain_tasks=tasks["retain"],
     )
-    terms = aggregated_terms(forget=task_means(scored["forget"]), retain=task_means(scored["retain"]))
+    terms = aggregated_terms(
+        forget=task_means(scored["forget"], tasks=tasks["forget"]), retain=task_means(scored["retain"], tasks=tasks["retain"])
+    )
     scores = point_scores(rows)
     # The published computation rounds once more or less here and there; where it defines a score, its digits are taken.
-    scores["task_aggregate"] = official["harmonic-mean-task-aggregate"]
+    scores["task_aggregate"] = float(official["harmonic-mean-task-aggregate"])
     for name, values in scored.items():
         scores[f"{name}_regurgitation"], scores[f"{name}_knowledge"] = (set_means(values).regurgitation, set_means(values).knowledge)
     if attacked:
@@ -95,9 +102,24 @@ def build_report(
         ),
         counts=counts,
         terms=[{"name": term.name, "value": term.value} for term in terms],
-        deviations=deviations,
+        deviations=[*deviations, *deviations_found(rows=rows, attacked=attacked, official=config.official)],
         notes=write_notes(terms=terms, rows=rows, attacked=attacked, questions=questions, skipped=skipped, altered=altered),
         config=config.model_dump(mode="json"),
         seconds=time.perf_counter() - start,
         rows=rows,
+        attack=_attack_summary(attacked),
+        mmlu=questions.metrics() if questions else {},
     )
+
+
+def _attack_summary(attacked: AttackLosses | None) -> dict[str, float]:
+    if attacked is None:
+        return {}
+    members, nonmembers = len(attacked.members), len(attacked.nonmembers)
+    return {
+        "auc": attacked.auc,
+        "standard_error": auc_standard_error(attacked.auc, num_members=members, num_nonmembers=nonmembers),
+        "members": members,
+        "nonmembers": nonmembers,
+        "not_finite": count_not_finite([*attacked.members, *attacked.nonmembers]),
+    }

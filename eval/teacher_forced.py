@@ -6,16 +6,18 @@ Shape suffixes: N scored tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from eval.forward import pad_token_id, split_model
+from eval.forward import SplitModel, pad_token_id, split_model
+from eval.row_cache import KeptStates
 from trainers.data.batches import batches_by_length, collate
 from trainers.data.encode import EncodedRow, encode_text
+from trainers.data.packing import MAX_GROUPS, Packed, pack
 from trainers.data.types import Document
 from trainers.errors import InputError
 from trainers.modeling import context_length
@@ -35,6 +37,8 @@ class RowScore:
         num_tokens: scored tokens, the end token among them.
         token_accuracy: share of scored tokens that are the argmax; NaN without scored tokens.
         num_matched: length of the longest prefix of the scored tokens that are all the argmax: what greedy decoding repeats.
+        num_recovered: length of the longest run of argmax tokens that ends with the answer's last token, the end token left out.
+        next_token: the argmax where the matched prefix ends: what greedy decoding says instead; None where everything matches.
     """
 
     row_id: str
@@ -42,6 +46,8 @@ class RowScore:
     num_tokens: int
     token_accuracy: float
     num_matched: int
+    num_recovered: int = 0
+    next_token: int | None = None
 
     @property
     def all_correct(self) -> bool:
@@ -52,6 +58,17 @@ class RowScore:
     def matched_fraction(self) -> float:
         """Share of the scored tokens in the matched prefix; NaN without scored tokens."""
         return self.num_matched / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def extraction_strength(self) -> float:
+        """1 - k / n over the answer's n tokens: k is the shortest prefix of them after which the argmax reproduces all the rest.
+
+        1 if everything is reproduced without a hint, 0 if nothing is reproduced; NaN without tokens. The end token, the last scored one
+        of an answer, does not count: a model that only goes on talking has still said everything.
+
+        Source: Carlini et al. 2021, https://arxiv.org/abs/2012.07805
+        """
+        return self.num_recovered / (self.num_tokens - 1) if self.num_tokens > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ class TokenScores:
         correct_N: whether the token is the argmax (bool).
         mean_N: mean of log p over the model's own next-token distribution (minus its entropy), nats; None unless asked for.
         variance_N: variance of log p under the same distribution; None unless asked for.
+        argmax_N: the most likely token at its place; None only in scores made by hand.
     """
 
     row_id: str
@@ -71,6 +89,24 @@ class TokenScores:
     correct_N: np.ndarray
     mean_N: np.ndarray | None = None
     variance_N: np.ndarray | None = None
+    argmax_N: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """The rows of one forward pass.
+
+    Args:
+        rows: their indices.
+        scores: of each of them.
+        packed: the batch, if its rows were packed.
+        kept: keys and values of the packed rows, if asked for.
+    """
+
+    rows: list[int]
+    scores: list[TokenScores]
+    packed: Packed | None = None
+    kept: KeptStates | None = None
 
 
 def token_scores(
@@ -86,44 +122,104 @@ def token_scores(
         device: where the model is.
         moments: whether mean and variance of log p are wanted, too (min-k %++ reads them).
     """
-    empty = np.zeros(0)
-    found = {
-        index: TokenScores(row.row_id, empty, empty.astype(bool), *((empty, empty) if moments else (None, None)))
-        for index, row in enumerate(rows)
-        if row.num_scored <= 0
-    }
-    scored = [index for index in range(len(rows)) if index not in found]
-    if not scored:
-        return [found[index] for index in range(len(rows))]
     split = split_model(model, device=device)
     with measuring(model):
-        for group in batches_by_length([rows[index] for index in scored], batch_tokens=batch_tokens):
-            members = [scored[position] for position in group]
-            batch = collate([rows[index] for index in members], pad_token_id=pad_token_id(tokenizer)).to(device)
+        batches = list(
+            scored_batches(split, rows=rows, pad=pad_token_id(tokenizer), batch_tokens=batch_tokens, device=device, moments=moments)
+        )
+    found = {row: scores for batch in batches for row, scores in zip(batch.rows, batch.scores, strict=True)}
+    return [found[row] for row in range(len(rows))]
+
+
+def scored_batches(
+    split: SplitModel,
+    *,
+    rows: Sequence[EncodedRow],
+    pad: int,
+    batch_tokens: int,
+    device: str,
+    moments: bool = False,
+    keep: bool = False,
+) -> Iterator[ScoredBatch]:
+    """Score rows batch by batch, the shortest first; called inside ``measuring``.
+
+    Rows are laid end to end, so that every position is a real token, where the model can attend to such rows; else they are
+    padded to the longest of their batch.
+
+    Args:
+        split: the model.
+        rows: encoded rows.
+        pad: id of padding.
+        batch_tokens: positions per forward pass, padding included (at least one row is taken).
+        device: where the model is.
+        moments: see ``token_scores``.
+        keep: whether keys and values are wanted; only packed rows have them.
+    """
+    empty = np.zeros(0)
+    idle = [index for index, row in enumerate(rows) if row.num_scored <= 0]
+    if idle:
+        nothing = empty if moments else None
+        none = TokenScores("", empty, empty.astype(bool), nothing, nothing, empty.astype(np.int64))
+        yield ScoredBatch(idle, [replace(none, row_id=rows[index].row_id) for index in idle])
+    scored = [index for index, row in enumerate(rows) if row.num_scored > 0]
+    wanted = [rows[index] for index in scored]
+    groups = _packed_batches(wanted, batch_tokens=batch_tokens) if split.packs else batches_by_length(wanted, batch_tokens=batch_tokens)
+    for group in groups:
+        members = [scored[position] for position in group]
+        own = [rows[index] for index in members]
+        packed = kept = None
+        if split.packs:
+            packed = pack(own, pad_token_id=pad, max_groups=MAX_GROUPS.get(torch.device(device).type, 3)).to(device)
+            kept = KeptStates() if keep else None
+            # Entered for each batch: a generator that was given up must not leave the model's attention changed.
+            with split.packing():
+                states_NX, label_N = split.run_packed(packed, wanted_N=packed.source_N, kept=kept), packed.label_N
+        else:
+            batch = collate(own, pad_token_id=pad).to(device)
             states, _ = split.run(ids_BT=batch.input_ids_BT, mask_BT=batch.attention_mask_BT)
-            states_NX = states[batch.row_N, batch.position_N]
-            parts = [
-                _token_columns(
-                    split.logits(states_NX[start : start + _HEAD_CHUNK]), batch.label_N[start : start + _HEAD_CHUNK], moments=moments
-                )
-                for start in range(0, len(states_NX), _HEAD_CHUNK)
-            ]
-            columns_XN = torch.cat(parts, dim=1).cpu().numpy()
-            start = 0
-            for index in members:
-                own_XN = columns_XN[:, start : start + rows[index].num_scored]
-                found[index] = TokenScores(rows[index].row_id, own_XN[0], own_XN[1].astype(bool), *own_XN[2:])
-                start += rows[index].num_scored
-    return [found[index] for index in range(len(rows))]
+            states_NX, label_N = states[batch.row_N, batch.position_N], batch.label_N
+        yield ScoredBatch(members, _rows_of(split, states_NX, label_N, rows=own, moments=moments), packed, kept)
+
+
+def _packed_batches(rows: Sequence[EncodedRow], *, batch_tokens: int) -> list[list[int]]:
+    """Rows of similar length together, while their tokens fit the budget (at least one row each)."""
+    groups: list[list[int]] = []
+    used = 0
+    for index in sorted(range(len(rows)), key=lambda index: (len(rows[index].input_ids), index)):
+        used += len(rows[index].input_ids)
+        if groups and used <= batch_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            used = len(rows[index].input_ids)
+    return groups
+
+
+def _rows_of(
+    split: SplitModel, states_NX: torch.Tensor, label_N: torch.Tensor, *, rows: Sequence[EncodedRow], moments: bool
+) -> list[TokenScores]:
+    """Scores by row, from the states at all scored positions, in row order."""
+    parts = [
+        _token_columns(split.logits(states_NX[start : start + _HEAD_CHUNK]), label_N[start : start + _HEAD_CHUNK], moments=moments)
+        for start in range(0, len(states_NX), _HEAD_CHUNK)
+    ]
+    columns_XN = torch.cat(parts, dim=1).cpu().numpy()
+    found, start = [], 0
+    for row in rows:
+        log_prob_N, argmax_N, correct_N, *others = columns_XN[:, start : start + row.num_scored]
+        mean_N, variance_N = others or (None, None)
+        found.append(TokenScores(row.row_id, log_prob_N, correct_N.astype(bool), mean_N, variance_N, argmax_N.astype(np.int64)))
+        start += row.num_scored
+    return found
 
 
 def _token_columns(logits_NV: torch.Tensor, label_N: torch.Tensor, *, moments: bool) -> torch.Tensor:
-    """Log-probability and correctness of each label, and if asked for mean and variance of log p, shape (2 or 4, N), float64."""
+    """Log-probability, argmax and correctness of each label, and if asked for mean and variance of log p, shape (3 or 5, N), float64."""
     # The argmax is taken before the cast, as greedy decoding does; the softmax in float32 after it.
-    correct_N = logits_NV.argmax(-1) == label_N
+    argmax_N = logits_NV.argmax(-1)
     wide_NV = logits_NV.float()
     normalizer_N = wide_NV.logsumexp(-1)
-    columns = [wide_NV.gather(-1, label_N[:, None])[:, 0] - normalizer_N, correct_N]
+    columns = [wide_NV.gather(-1, label_N[:, None])[:, 0] - normalizer_N, argmax_N, argmax_N == label_N]
     if moments:
         log_p_NV = wide_NV - normalizer_N[:, None]
         p_NV = log_p_NV.exp()
@@ -135,18 +231,22 @@ def _token_columns(logits_NV: torch.Tensor, label_N: torch.Tensor, *, moments: b
 def score_rows(*, model: Any, tokenizer: Any, rows: Sequence[EncodedRow], batch_tokens: int, device: str) -> list[RowScore]:
     """Score rows under teacher forcing, in the order given; a row that scores no token gets a log-probability of 0 over 0 tokens."""
     return [
-        _summary(scores) for scores in token_scores(model=model, tokenizer=tokenizer, rows=rows, batch_tokens=batch_tokens, device=device)
+        row_score(scores) for scores in token_scores(model=model, tokenizer=tokenizer, rows=rows, batch_tokens=batch_tokens, device=device)
     ]
 
 
-def _summary(scores: TokenScores) -> RowScore:
+def row_score(scores: TokenScores) -> RowScore:
+    """A row's measurements from those of its tokens."""
     correct_N = scores.correct_N
+    matched = int(correct_N.cumprod().sum())
     return RowScore(
         row_id=scores.row_id,
         answer_log_prob=float(scores.log_prob_N.sum()),
         num_tokens=len(correct_N),
         token_accuracy=float(correct_N.mean()) if len(correct_N) else math.nan,
-        num_matched=int(correct_N.cumprod().sum()),
+        num_matched=matched,
+        num_recovered=int(correct_N[:-1][::-1].cumprod().sum()),
+        next_token=int(scores.argmax_N[matched]) if scores.argmax_N is not None and matched < len(correct_N) else None,
     )
 
 

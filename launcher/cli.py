@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from merging.methods.table import CONVENTIONS, METHODS
 from trainers.errors import InputError, UserFacingError
 
 if TYPE_CHECKING:
@@ -42,6 +43,29 @@ class Cluster(str, Enum):  # noqa: UP042  (typer shows the values of a str enum)
     onprem = "onprem"
     k8s = "k8s"
     slurm = "slurm"
+
+
+class Benchmark(str, Enum):  # noqa: UP042
+    """Benchmarks whose folders `unlearn eval` reads."""
+
+    lume = "lume"
+    tofu = "tofu"
+    muse = "muse"
+
+
+class Prompt(str, Enum):  # noqa: UP042
+    """How a question of TOFU becomes a prompt."""
+
+    plain = "plain"
+    bare = "bare"
+    chat = "chat"
+
+
+class Output(str, Enum):  # noqa: UP042
+    """What a merge is written as."""
+
+    model = "model"
+    adapter = "adapter"
 
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the experiment.", show_default=False)]
@@ -163,36 +187,138 @@ def sweep(
 def merge(
     base: Annotated[Path, typer.Option(metavar="DIR", help="Model that every trial started from.", show_default=False)],
     trial: Annotated[list[Path], typer.Option(metavar="DIR", help="Adapter, checkpoint or trial folder; repeat it.", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the merged model.", show_default=False)],
-    method: Annotated[str, typer.Option(help="ties, linear or task_arithmetic.")] = "ties",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the merged model or adapter.", show_default=False)],
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"One of: {', '.join(METHODS)}.")] = "ties",
+    convention: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"Whose reading of TIES, at once: {', '.join(CONVENTIONS)}.", show_default=False)
+    ] = None,
     density: Annotated[float | None, typer.Option(metavar="D", help="Fraction of each task vector kept, in (0, 1].")] = None,
     scale: Annotated[float | None, typer.Option(metavar="L", help="Factor on the merged task vector.")] = None,
     weights: Annotated[list[float] | None, typer.Option(metavar="W...", help="One factor per trial.", show_default=False)] = None,
+    trim_scope: Annotated[str | None, typer.Option(metavar="tensor|model", help="ties: where the density holds.")] = None,
+    trim_count: Annotated[str | None, typer.Option(metavar="floor|floor_plus_one", help="ties: elements kept of a whole model.")] = None,
+    elect: Annotated[str | None, typer.Option(metavar="unweighted|weighted", help="Signs elected before or after the weights.")] = None,
+    divisor: Annotated[str | None, typer.Option(metavar="count|weight", help="What the mean of agreeing trials divides by.")] = None,
+    zero_sum: Annotated[str | None, typer.Option(metavar="positive|drop|majority", help="The sign where values sum to zero.")] = None,
+    epsilon: Annotated[float | None, typer.Option(metavar="E", help="della: half the range of keep probabilities.")] = None,
+    gamma: Annotated[float | None, typer.Option(metavar="G", help="breadcrumbs: fraction dropped at the top.")] = None,
+    rescale: Annotated[str | None, typer.Option(metavar="density|l1|none", help="dare, della: what makes up for the drop.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="dare, della: seed of the random masks.")] = None,
+    output: Annotated[Output, typer.Option(help="Write a whole model, or a LoRA adapter of the base.")] = Output.model,
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", min=1, help="--output adapter: highest rank; default: no loss if possible.")
+    ] = None,
 ) -> None:
-    """Merge adapters or full checkpoints onto their base, without a sweep."""
-    config = _merge_config(method=method, density=density, scale=scale, weights=weights or None)
+    """Merge adapters or full checkpoints onto their base, without a sweep. docs/merging.md describes the methods."""
+    config = _merge_config(
+        method=method, convention=convention, density=density, scale=scale, weights=weights or None, trim_scope=trim_scope,
+        trim_count=trim_count, elect=elect, divisor=divisor, zero_sum=zero_sum, epsilon=epsilon, gamma=gamma, rescale=rescale, seed=seed,
+    )  # fmt: skip
     if weights and len(weights) != len(trial):
         raise InputError(f"{len(weights)} weights for {len(trial)} trials", where="--weights", fix="give one number per --trial")
+    if output is Output.adapter:
+        from launcher.console import progress_lines
+        from merging.adapter_output import merge_adapter
+
+        with progress_lines() as progress:
+            record = merge_adapter(base=base, trials=trial, out=out, config=config, rank=rank, progress=progress)
+        ranks = sorted({tensor["rank"] for tensor in record["tensors"].values()})
+        text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        print(f"wrote {out}  ({config.formula()})")
+        print(f"  adapter of {text}; {record['lost_energy']:.2%} of the merged update's squared norm is lost")
+        return
+    if rank is not None:
+        raise InputError("--rank is read with --output adapter only", where="--rank", fix="leave it out, or add --output adapter")
+    from launcher.console import progress_lines
     from merging.merge import merge_checkpoint
 
-    merge_checkpoint(base=base, trials=trial, out=out, config=config, progress=None)
+    with progress_lines() as progress:
+        merge_checkpoint(base=base, trials=trial, out=out, config=config, progress=progress)
     print(f"wrote {out}  ({config.formula()})")
 
 
 @app.command(epilog="Example: unlearn eval --model runs/quickstart/merged --data lume --mia mia --mmlu mmlu --out eval.json")
 def eval(
     model: Annotated[Path, typer.Option(metavar="DIR", help="Model folder, or trial checkpoint.", show_default=False)],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="LUME-layout folder.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder in LUME, TOFU or MUSE layout, told by its files.", show_default=False)
+    ] = None,
     mia: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with member.jsonl and nonmember.jsonl.")] = None,
     mmlu: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with dev/ and test/ of MMLU.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens generated per row; default 256.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens generated per row; default: the benchmark's own.")
+    ] = None,
     official: Annotated[bool, typer.Option("--official", help="The benchmark's exact settings, one row at a time (slow).")] = False,
+    layout: Annotated[Benchmark | None, typer.Option(help="Say what the folder holds.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="TOFU: the forget set, such as forget10.")] = None,
+    retained_model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="TOFU, MUSE: model trained without the forget set, to compare with.")
+    ] = None,
+    prompt: Annotated[
+        Prompt | None, typer.Option(help="TOFU: plain (default: Question, Answer), bare, or the model's chat template.")
+    ] = None,
+    lm_eval: Annotated[str | None, typer.Option(metavar="TASKS", help="Tasks of lm-eval, such as hellaswag,arc_easy.")] = None,
+    processes: Annotated[
+        int, typer.Option(metavar="N", min=1, help="LUME: processes that share the rows; one GPU each, or the CPU's threads divided.")
+    ] = 1,
 ) -> None:
-    """Score any checkpoint by the official protocol."""
-    from launcher.stages import evaluate_model
+    """Score any checkpoint: by the official protocol (LUME), on TOFU or MUSE, on tasks of lm-eval."""
+    from launcher.suites import evaluate_anything
 
-    evaluate_model(model=model, data=data, mia=mia, mmlu=mmlu, max_new_tokens=max_new_tokens, official=official, out=out)
+    def lume(folder: Path) -> None:
+        from launcher.stages import evaluate_model
+
+        evaluate_model(model=model, data=folder, mia=mia, mmlu=mmlu, max_new_tokens=max_new_tokens, official=official, out=out,
+                       processes=processes)  # fmt: skip
+
+    evaluate_anything(
+        model=model,
+        data=data,
+        out=out,
+        layout=layout.value if layout else None,
+        split=split,
+        retained_model=retained_model,
+        prompt=prompt.value if prompt else None,
+        max_new_tokens=max_new_tokens,
+        lm_eval=lm_eval,
+        lume=lume,
+        lume_only={"--mia": mia, "--mmlu": mmlu, "--official": official, "--processes": processes > 1},
+    )
+
+
+@app.command(epilog="Example: unlearn audit --model runs/quickstart/merged --base runs/quickstart/target --data lume --out audit.json")
+def audit(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="Model folder, or trial checkpoint.", show_default=False)],
+    base: Annotated[Path, typer.Option(metavar="DIR", help="The untouched target: the model before unlearning.", show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="LUME-layout folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write; table and figure go beside it.", show_default=False)],
+    never_seen: Annotated[
+        Path | None, typer.Option("--never-seen", metavar="DIR", help="A model that never saw the forget set: the control.")
+    ] = None,
+    mia: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with member.jsonl and nonmember.jsonl.")] = None,
+    mmlu: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with dev/ and test/ of MMLU.")] = None,
+    attacks: Annotated[str | None, typer.Option(metavar="LIST", help="Attacks with commas between; default all.")] = None,
+    documents: Annotated[int | None, typer.Option(metavar="N", min=2, help="Documents per task and set; default 10.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens generated per row; default 256.")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", min=0, help="Seed of the sample and of the attacks.")] = 0,
+) -> None:
+    """Attack an unlearned model, and say whether the knowledge is gone or only hidden."""
+    from launcher.audit import run_audit
+
+    run_audit(
+        model=model,
+        base=base,
+        data=data,
+        out=out,
+        never_seen=never_seen,
+        mia=mia,
+        mmlu=mmlu,
+        attacks=attacks,
+        documents=documents,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
 
 
 @app.command(epilog="Example: unlearn report runs/quickstart")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -152,6 +155,35 @@ class Console:
         """
         for text in summary_lines(results, paths=paths):
             self._write(text)
+
+
+@contextlib.contextmanager
+def progress_lines(stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
+    """A function that shows how far a command has come: one line that is rewritten on a terminal, else a line every half minute.
+
+    Args:
+        stream: where to; default: standard error.
+        clock: seconds.
+    """
+    out = stream or sys.stderr
+    terminal = bool(getattr(out, "isatty", lambda: False)())
+    every, shown, is_open = (0.2 if terminal else 30.0), clock(), False
+
+    def show(text: str) -> None:
+        nonlocal shown, is_open
+        if clock() - shown < every:
+            return
+        shown, is_open = clock(), terminal
+        width = shutil.get_terminal_size().columns - 1
+        out.write(f"\r\x1b[K{text[:width]}" if terminal else f"{text}\n")
+        out.flush()
+
+    try:
+        yield show
+    finally:
+        if is_open:
+            out.write("\r\x1b[K")
+            out.flush()
 
 
 def summary_lines(results: Mapping[str, Any], *, paths: Mapping[str, Any] | None = None) -> list[str]:

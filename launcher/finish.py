@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config import ExperimentConfig
 from launcher.data import PreparedData
-from launcher.results import LABELS, gather_trials, model_entry, read_results, verdict_sentence, write_results
-from launcher.scoring import evaluate_fold, evaluate_folder
+from launcher.merge_scorer import FOLD, MergeScorer, report_folder
+from launcher.parallel_map import parallel_map
+from launcher.results import LABELS, control_label, gather_trials, model_entry, read_results, verdict_sentence, write_results
+from launcher.scoring import FOLD_FILES, evaluate_folder
 from launcher.search_space import TrialSpec
+from merging.cheap import fit_recall
 from merging.config import MergeConfig
-from merging.in_memory import MergeSession
+from merging.examples import results_of_rows
+from merging.gain import objective_gain
+from merging.ledger import Failed, Ledger, Merge
 from merging.merge import merge_checkpoint
-from merging.pairs import Candidate, CheapScores, Pair
-from merging.search import search_pairs
-from merging.task_vectors import checkpoint_hash, open_task_vector
+from merging.pairs import NEVER_PARENTS, Candidate, cheap_candidate
+from merging.search import search_pairs, single
+from merging.task_vectors import checkpoint_hash
 from trainers.checkpoint import finished_checkpoints
-from trainers.distributed import Rank
 from trainers.errors import RunError
 from trainers.files import append_jsonl, read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
+    from eval.report import LoadedReport
     from launcher.run_folder import Run
-    from merging.outcome import PairSearchResult
+    from merging.outcome import Contestant, PairSearchResult
 
 MEASUREMENTS = "pairs-measured.jsonl"
 """Every measurement of the pair search, appended as it is made: a search that was killed repeats none of them."""
@@ -43,11 +48,13 @@ def finish_run(run: Run, *, config: ExperimentConfig, data: PreparedData, specs:
     for trial in trials:
         if trial["status"] == "failed":
             run.console.warning(f"{trial['name']} failed and takes no part in what follows")
+    scorer = scorer_of(run, config=config, data=data, trials=trials, target=target)
     with run.stage("pairs", "Pairs: merges measured on the validation documents"):
-        result = find_pair(run, config=config, data=data, trials=trials, target=target)
+        with parallel_map(workers=config.pairs.workers, cpus=config.sweep.cpus_per_rank) as run_tasks:
+            result = find_pair(run, config=config, trials=trials, scorer=scorer, run_tasks=run_tasks)
         run.console.line(f"  {result.sentence}")
     with run.stage("merge", "Merge: the best model, written and read again"):
-        delivered = deliver(run, config=config, data=data, result=result, target=target)
+        delivered = deliver(run, config=config, data=data, result=result, scorer=scorer)
     with run.stage("report", "Report"):
         write_results(run.folder, assemble(run, config=config, trials=trials, result=result, delivered=delivered))
         if delivered is not None:
@@ -68,105 +75,173 @@ def finish_run(run: Run, *, config: ExperimentConfig, data: PreparedData, specs:
         )
 
 
-def candidates_of(trials: list[dict[str, Any]], *, run: Path) -> list[Candidate]:
-    """Finished trials as the pair search sees them: validation scores only."""
-    found = []
+def scorer_of(run: Run, *, config: ExperimentConfig, data: PreparedData, trials: list[dict[str, Any]], target: Path) -> MergeScorer:
+    """What measures merges of a run's checkpoints."""
+    found = checkpoints_of(trials, run=run.folder, earlier_too=config.pairs.candidates == "checkpoints")
+    return MergeScorer(run=run.folder, config=config, data=data, target=target, checkpoints=found)
+
+
+def checkpoints_of(trials: list[dict[str, Any]], *, run: Path, earlier_too: bool = True) -> dict[str, Path]:
+    """The checkpoints of the finished trials: the last one has its trial's name, an earlier one also its step, as ``trial-03@112``."""
+    found = {}
     for trial in trials:
-        folder = run / "trials" / trial["name"]
         if trial["status"] != "finished" or trial["validation"] is None:
             continue
-        report = read_json(folder / "validation.json")
-        found.append(
-            Candidate(
-                name=trial["name"],
-                checkpoint=finished_checkpoints(folder)[-1],
-                scores=report["scores"],
-                verdict=trial["verdict"],
-                terms=tuple(term["value"] for term in report["terms"] if term["value"] is not None),
-            )
-        )
+        *earlier, last = finished_checkpoints(run / "trials" / trial["name"])
+        found[trial["name"]] = last
+        found |= {f"{trial['name']}@{int(folder.name.rpartition('-')[2])}": folder for folder in earlier if earlier_too}
     return found
 
 
-def find_pair(run: Run, *, config: ExperimentConfig, data: PreparedData, trials: list[dict[str, Any]], target: Path) -> PairSearchResult:
-    """Search the pair and write ``pairs.json``; measurements of an earlier start are reused."""
-    from eval.mia import mia_score
-    from eval.runner import loss_only
-    from trainers.modeling import load_model, load_tokenizer
+def candidates_of(trials: list[dict[str, Any]], *, run: Path, scorer: MergeScorer, ledger: Ledger) -> list[Candidate]:
+    """Checkpoints as the pair search sees them: validation scores only.
 
-    candidates = candidates_of(trials, run=run.folder)
-    device = Rank().device
-    tokenizer = load_tokenizer(target)
-    model = load_model(target, dtype=config.eval.dtype, device=device)
-    vectors = {candidate.name: open_task_vector(base=target, trial=candidate.checkpoint) for candidate in candidates}
-    session = MergeSession(model=model, base=target, vectors=list(vectors.values())) if vectors else None
-    fold = "validation"
+    Of the last ones the full evaluations are known. Earlier ones are measured without generation, and those that a first look shows to be
+    dead or untouched are not looked at again.
+    """
+    baseline = read_json(run / "baseline" / FOLD_FILES[FOLD])["scores"]
+    verdicts = {trial["name"]: trial["verdict"] for trial in trials}
+    last = [name for name in scorer.checkpoints if name in verdicts]
+    for name in last:
+        report = _read_report(run / "trials" / name / FOLD_FILES[FOLD])
+        results = results_of_rows(ledger.examples, rows=report.rows)
+        if results is not None:
+            ledger.know(single(name, scale=1.0), results)
 
-    def apply(pair: Pair, merge: MergeConfig) -> None:
-        assert session is not None
-        session.apply([vectors[name].trial for name in pair.trials], merge)
+    def look(names: list[str], *, stop: int) -> dict[str, Candidate]:
+        scores = ledger.cheap([single(name, scale=1.0) for name in names], stop=stop)
+        return {
+            name: cheap_candidate(
+                name=name, checkpoint=scorer.checkpoints[name], cheap=cheap, baseline=baseline, content_hash=ledger.hashes[name]
+            )
+            for name, cheap in zip(names, scores, strict=True)
+            if not isinstance(cheap, Failed)
+        }
 
-    def cheap(pair: Pair, merge: MergeConfig) -> CheapScores:
-        apply(pair, merge)
-        signals = loss_only(
-            model=model, tokenizer=tokenizer, data=data.folds[fold], attack=data.attack_of(fold), config=config.eval, device=device
+    first = min(scorer.config.pairs.first_rung, ledger.num_examples)
+    found = look([name for name in scorer.checkpoints if name not in verdicts], stop=first)
+    found |= look([name for name, candidate in found.items() if candidate.verdict not in NEVER_PARENTS], stop=ledger.num_examples)
+    for name, candidate in look(last, stop=ledger.num_examples).items():
+        report = _read_report(run / "trials" / name / FOLD_FILES[FOLD])
+        found[name] = Candidate(
+            name=name,
+            checkpoint=candidate.checkpoint,
+            scores=report.scores,
+            verdict=verdicts[name],
+            terms=tuple(term["value"] for term in report.terms if term["value"] is not None),
+            content_hash=candidate.content_hash,
+            cheap=candidate.cheap,
         )
-        values = {name: getattr(signals, name) for name in ("forget_token_accuracy", "retain_token_accuracy", "forget_answer_log_prob",
-                                                            "retain_answer_log_prob", "mia_auc")}  # fmt: skip
-        return CheapScores.from_scores(values | {"mia_score": None if signals.mia_auc is None else mia_score(signals.mia_auc)})
+    return list(found.values())
 
-    def full(pair: Pair, merge: MergeConfig, name: str) -> Mapping[str, float | None]:
-        apply(pair, merge)
-        return evaluate_fold(model, tokenizer=tokenizer, config=config, data=data, fold=fold, name=name, device=device).scores
 
-    path = run.folder / MEASUREMENTS
+def ledger_of(run: Path, *, scorer: MergeScorer, run_tasks: Callable[..., Any] = map, file: str = MEASUREMENTS) -> Ledger:
+    """The measurements of a run that were made before, and a way to make others.
+
+    Args:
+        run: the run folder.
+        scorer: measures.
+        run_tasks: like the built-in ``map``.
+        file: where measurements are kept.
+    """
+    path = run / file
+    rows = [row for name in scorer.checkpoints if "@" not in name for row in _read_report(run / "trials" / name / FOLD_FILES[FOLD]).rows]
+    return Ledger(
+        examples=scorer.examples.examples if scorer.checkpoints else [],
+        hashes=scorer.hashes(),
+        work=scorer,
+        recall=fit_recall(rows),
+        run=run_tasks,
+        # Only a full evaluation whose report is still there counts as made.
+        kept={line["key"]: line["value"] for line in read_jsonl(path) if not _is_lost(line, run=run)},
+        keep=lambda key, value: append_jsonl(path, {"key": key, "value": value}),
+    )
+
+
+def find_pair(
+    run: Run, *, config: ExperimentConfig, trials: list[dict[str, Any]], scorer: MergeScorer, run_tasks: Callable[..., Any] = map
+) -> PairSearchResult:
+    """Search the pair and write ``pairs.json``; measurements of an earlier start are reused."""
+    folder = run.folder
+    ledger = ledger_of(folder, scorer=scorer, run_tasks=run_tasks)
+
+    def report_of(entry: Contestant) -> LoadedReport:
+        trial = folder / "trials" / entry.name / FOLD_FILES[FOLD]
+        if entry.role == "trial" and trial.exists():
+            return _read_report(trial)
+        return _read_report(report_folder(folder, ledger.full_key(merge_of(entry))) / FOLD_FILES[FOLD])
+
+    def gain(entry: Contestant, other: Contestant) -> Mapping[str, float] | None:
+        settings = config.pairs
+        return objective_gain(report_of(entry), report_of(other), weights=settings.objective, confidence=settings.confidence)
+
     result = search_pairs(
-        candidates=candidates,
-        baseline_scores=read_json(run.folder / "baseline" / "validation.json")["scores"],
-        measure_cheap=cheap,
-        measure_full=full,
+        candidates=candidates_of(trials, run=folder, scorer=scorer, ledger=ledger),
+        baseline_scores=read_json(folder / "baseline" / FOLD_FILES[FOLD])["scores"],
+        measurements=ledger,
         config=config.pairs,
         merge=config.merge,
-        done={line["key"]: line["entry"] for line in read_jsonl(path)},
-        record=lambda key, entry: append_jsonl(path, {"key": key, "entry": entry}),
+        gain=gain,
     )
-    write_json(run.folder / "pairs.json", result.to_json())
+    write_json(folder / "pairs.json", result.to_json())
     return result
 
 
-def deliver(run: Run, *, config: ExperimentConfig, data: PreparedData, result: PairSearchResult, target: Path) -> str | None:
+def merge_of(entry: Contestant) -> Merge:
+    """How a contestant is made of checkpoints."""
+    return Merge(entry.parents, entry.config) if entry.config is not None else single(entry.name, scale=1.0)
+
+
+def deliver(run: Run, *, config: ExperimentConfig, data: PreparedData, result: PairSearchResult, scorer: MergeScorer) -> str | None:
     """Write the winner to ``merged/`` and score it, and score what it is compared with; the winner's name, or None.
 
-    The winner of the validation fold is delivered even where that is a single trial: a merge that does not pay is not handed out.
+    The winner of the validation fold is delivered even where that is a single checkpoint: a merge that does not pay is not handed out.
     """
-    checkpoints = {candidate.name: candidate.checkpoint for candidate in result.candidates}
-    merges: dict[str, tuple[list[Path], MergeConfig]] = {}
-    if result.best_merge is not None and result.best_merge.pair is not None and result.best_merge.config is not None:
-        parents = [checkpoints[name] for name in result.best_merge.pair.trials]
-        merges = {"ties": (parents, result.best_merge.config), "linear": (parents, MergeConfig(method="linear"))}
-    winner = result.winner
-    if winner is None:
-        delivered = None
-    elif winner.role == "trial":
-        delivered = winner.name
-        merges[winner.name] = ([checkpoints[winner.name]], MergeConfig(method="linear"))
-    else:
-        delivered = "ties"
-    for name, (parents, merge) in merges.items():
-        is_delivered = name == delivered
-        folder = run.folder / ("merged" if is_delivered else f"controls/{name}")
-        weights = folder if is_delivered else folder / "model"
-        if not _is_made_of(weights, parents=parents, merge=merge):
+    others = {control.name: Merge(control.parents, control.point.config) for control in result.controls}
+    if result.best_merge is not None:
+        others["ties"] = merge_of(result.best_merge)
+        others |= {name: single(name, scale=1.0) for name in result.best_merge.parents}
+    if result.reference is not None:
+        others[result.reference.name] = single(result.reference.name, scale=1.0)
+    delivered = _delivered_name(result)
+    if delivered is not None and result.winner is not None:
+        merge = merge_of(result.winner)
+        folder = run.folder / "merged"
+        parents = [scorer.checkpoints[name] for name in merge.trials]
+        if not _is_made_of(folder, parents=parents, merge=merge.config):
             # A start before this one may have ended with other trials and another winner.
-            for file in ("eval.json", "validation.json"):
-                (folder / file).unlink(missing_ok=True)
-            merge_checkpoint(base=target, trials=parents, out=weights, config=merge)
-        evaluate_folder(weights, config=config, data=data, folder=folder, name=str(folder.relative_to(run.folder)))
-        if not is_delivered:
-            _drop_weights(weights)
-    if delivered is not None:
-        run.console.line(f"  {delivered} written to {run.folder / 'merged'}")
+            _forget_scores(folder)
+            merge_checkpoint(base=scorer.target, trials=parents, out=folder, config=merge.config)
+        evaluate_folder(folder, config=config, data=data, folder=folder, name="merged")
+        run.console.line(f"  {delivered} written to {folder}")
+    for name, merge in others.items():
+        place = model_place(run.folder, name=name, delivered=delivered)
+        if place.parent.name == "controls":
+            recipe = {"trials": [[trial, checkpoint_hash(scorer.checkpoints[trial])] for trial in merge.trials], "config": merge.config}
+            recipe["config"] = merge.config.model_dump(mode="json")
+            if not (place / "recipe.json").exists() or read_json(place / "recipe.json") != recipe:
+                _forget_scores(place)
+                write_json(place / "recipe.json", recipe)
+            scorer.evaluate(merge, folder=place, name=f"controls/{name}", folds=("test",))
     return delivered
+
+
+def model_place(run: Path, *, name: str, delivered: str | None) -> Path:
+    """Where the final scores of a model lie."""
+    if name == delivered:
+        return run / "merged"
+    return run / "trials" / name if (run / "trials" / name / FOLD_FILES["test"]).exists() else run / "controls" / name
+
+
+def _is_ahead(result: PairSearchResult) -> bool:
+    """Whether the best merge was ahead of what was handed out, but not clear of noise."""
+    return result.best_merge is not None and result.ranking.better(result.best_merge, result.winner)
+
+
+def _delivered_name(result: PairSearchResult) -> str | None:
+    if result.winner is None:
+        return None
+    return "ties" if result.winner.role == "merge" else result.winner.name
 
 
 def _is_made_of(weights: Path, *, parents: list[Path], merge: MergeConfig) -> bool:
@@ -177,10 +252,20 @@ def _is_made_of(weights: Path, *, parents: list[Path], merge: MergeConfig) -> bo
     return [trial["hash"] for trial in record["trials"]] == hashes and record["config"] == merge.model_dump(mode="json")
 
 
-def _drop_weights(folder: Path) -> None:
-    """A control's weights can be made again from ``merge.json``; only its scores are kept."""
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
+def _forget_scores(folder: Path) -> None:
+    for file in FOLD_FILES.values():
+        (folder / file).unlink(missing_ok=True)
+
+
+def _is_lost(line: Mapping[str, Any], *, run: Path) -> bool:
+    value = line["value"]
+    return isinstance(value, dict) and not (report_folder(run, line["key"]) / FOLD_FILES[FOLD]).exists()
+
+
+def _read_report(path: Path) -> LoadedReport:
+    from eval.report import read_report
+
+    return read_report(path)
 
 
 def assemble(
@@ -191,19 +276,20 @@ def assemble(
 
     folder = run.folder
     pair = result.best_merge.pair if result.best_merge else None
+
+    def entry(name: str, role: str, label: str) -> dict[str, Any]:
+        place = model_place(folder, name=name, delivered=delivered)
+        return model_entry(run=folder, name=name, role=role, label=label, folder=place, parents=parents)
+
     models = [model_entry(run=folder, name="baseline", role="baseline", label=LABELS["baseline"], folder=folder / "baseline", parents=())]
     warnings = []
+    chosen: dict[str, Any] | None = None
+    parents: list[LoadedReport] = []
     if pair is not None and result.best_merge is not None and result.best_merge.config is not None:
-        parents = [read_report(folder / "trials" / name / "eval.json") for name in pair.trials]
-        for name, role in zip(pair.trials, ("parent_over", "parent_under"), strict=True):
-            models.append(
-                model_entry(run=folder, name=name, role=role, label=LABELS[role], folder=folder / "trials" / name, parents=parents)
-            )
-        for name, role in (("linear", "control"), ("ties", "merged")):
-            place = folder / "merged" if delivered == name else folder / "controls" / name
-            models.append(model_entry(run=folder, name=name, role=role, label=LABELS[name], folder=place, parents=parents))
+        parents = [read_report(model_place(folder, name=name, delivered=delivered) / FOLD_FILES["test"]) for name in pair.trials]
+        models += [entry(name, role, LABELS[role]) for name, role in zip(pair.trials, ("parent_over", "parent_under"), strict=True)]
         merge = result.best_merge.config
-        chosen: dict[str, Any] | None = {
+        chosen = {
             "over": pair.over.name,
             "under": pair.under.name,
             "method": merge.method,
@@ -211,16 +297,21 @@ def assemble(
             "scale": merge.scale,
             "weights": list(merge.trial_weights(2)),
         }
-    else:
-        chosen, parents = None, []
-    if delivered is not None and delivered not in {model["name"] for model in models}:
+    # The model that was handed out comes first: tables that are cut off must not lose it.
+    controls = sorted(result.controls, key=lambda control: control.name != delivered)
+    models += [entry(control.name, "control", control_label(control.name, control.label)) for control in controls]
+    if chosen is not None:
         models.append(
-            model_entry(run=folder, name=delivered, role="control", label="best single trial", folder=folder / "merged", parents=parents)
+            entry("ties", "merged", LABELS["ties"] if chosen["method"] == "ties" else f"{chosen['method']} merge of both parents")
         )
+    known = {model["name"] for model in models}
+    for name in dict.fromkeys([delivered, result.reference.name if result.reference else None]):
+        if name is not None and name not in known:
+            models.append(entry(name, "control", "best single checkpoint"))
     judged = folder / "merged" / "eval.json" if delivered is not None else folder / "baseline" / "eval.json"
     warnings += [fold_note(config), *(str(note) for note in read_json(judged)["notes"])]
     target = read_json(folder / "target.json")
-    sentence_facts = {"reason": result.reason, "pair_names": " and ".join(pair.trials) if pair else ""}
+    sentence_facts = {"reason": result.reason, "pair_names": " and ".join(pair.trials) if pair else "", "ahead": _is_ahead(result)}
     merged = next((model for model in models if model["role"] == "merged"), None)
     difference = ((merged or {}).get("difference_to_best_parent") or {}).get("final_score")
     return {

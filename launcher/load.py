@@ -271,6 +271,8 @@ def _take_out(values: Any, location: tuple[str | int, ...], *, kind: str) -> Non
         return
     *parents, leaf = location
     for step in parents:
+        if step not in (range(len(values)) if isinstance(values, list) else values):
+            return  # a problem of the whole has taken it out already
         values = values[step]
     if kind == "missing" or (len(location) == 1 and leaf in _PLACEHOLDERS):
         values[leaf] = copy.deepcopy(_PLACEHOLDERS.get(str(leaf)))

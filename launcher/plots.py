@@ -78,7 +78,7 @@ def tradeoff_plot(points: Sequence[Point], *, front: Sequence[str] = (), fold: s
         front: names of the trials on the Pareto front, by rising retention.
         fold: named on the axes.
     """
-    figure, (axes,) = _figure(width=4.5, height=4.1)
+    figure, (axes,) = new_figure(width=4.5, height=4.1)
     place = {point.name: point for point in points}
     hover: dict[str, str] = {}
     line = [place[name] for name in front if name in place]
@@ -100,7 +100,7 @@ def tradeoff_plot(points: Sequence[Point], *, front: Sequence[str] = (), fold: s
     lines = [(line[i], line[i + 1]) for i in range(len(line) - 1)]
     lines += [(parent, target) for parent in points if parent.kind == "parent" for target in merged]
     _label_points(figure, axes, points, lines=lines)
-    return _finish("tradeoff", figure, title="Retention against forgetting", hover=hover)
+    return finish_plot("tradeoff", figure, title="Retention against forgetting", hover=hover)
 
 
 def _draw_point(axes: Axes, point: Point, *, gid: str) -> None:
@@ -211,7 +211,7 @@ def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | Non
     if not shown:
         return None
     rows = (len(shown) + 1) // 2
-    figure, grid = _figure(width=4.7, height=1.85 * rows + 0.45, rows=rows, columns=2 if len(shown) > 1 else 1)
+    figure, grid = new_figure(width=4.7, height=1.85 * rows + 0.45, rows=rows, columns=2 if len(shown) > 1 else 1)
     looks = [(VERMILLION, "-", "o"), (BLUE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), (ORANGE, "-", "v"), (SKY, "--", "P")]
     for axes, (title, _, limits) in zip(grid, shown, strict=False):
         for index, name in enumerate(curves):
@@ -233,7 +233,7 @@ def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | Non
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
-    return _finish("curves", figure, title="Training curves")
+    return finish_plot("curves", figure, title="Training curves")
 
 
 def _series(rows: Sequence[Mapping[str, Any]], *, path: tuple[str, ...]) -> list[tuple[float, float]]:
@@ -266,7 +266,7 @@ def merge_curve_plot(
     curves = {label: sorted(points) for label, points in curves.items() if points}
     if not curves:
         return None
-    figure, (axes,) = _figure(width=4.3, height=3.2)
+    figure, (axes,) = new_figure(width=4.3, height=3.2)
     colours = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY]
     for index, (label, points) in enumerate(curves.items()):
         xs, ys = zip(*points, strict=True)
@@ -281,10 +281,10 @@ def merge_curve_plot(
     axes.set_xlabel(x_label)
     axes.set_ylabel("membership AUC (validation)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
-    return _finish(name, figure, title="Membership AUC of the measured merges")
+    return finish_plot(name, figure, title="Membership AUC of the measured merges")
 
 
-def _figure(*, width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+def new_figure(*, width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
     """A figure (inches) and its axes, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -308,7 +308,8 @@ def _figure(*, width: float, height: float, rows: int = 1, columns: int = 1) -> 
     return figure, grid
 
 
-def _finish(name: str, figure: Any, *, title: str, hover: Mapping[str, str] | None = None) -> Plot:
+def finish_plot(name: str, figure: Any, *, title: str, hover: Mapping[str, str] | None = None) -> Plot:
+    """The figure as SVG (for files and for the page) and PNG."""
     import io
 
     from matplotlib import rc_context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config import ExperimentConfig
@@ -107,8 +108,41 @@ def _target_tokenizer(config: ExperimentConfig, *, data: PreparedData) -> tuple[
         folder = check_model_folder(path)
     except InputError as error:
         raise InputError(error.what, where=f"{error.where} ({key})", why=error.why, fix=error.fix) from None
-    context = context_length(load_model_config(folder))
-    return load_tokenizer(folder), context
+    model_config, tokenizer = load_model_config(folder), load_tokenizer(folder)
+    check_vocabulary(tokenizer, model_config=model_config, where=folder)
+    return tokenizer, context_length(model_config)
+
+
+def check_vocabulary(tokenizer: Any, *, model_config: Any, where: Path) -> None:
+    """Refuse a tokenizer that can give ids without an embedding.
+
+    Raises:
+        InputError: if it is larger than the model's vocabulary.
+    """
+    rows, highest = getattr(model_config, "vocab_size", None), max(tokenizer.get_vocab().values(), default=-1)
+    if rows is not None and highest >= rows:
+        raise InputError(
+            f"the tokenizer has ids up to {highest}, but the model has {rows} embeddings",
+            where=str(where),
+            why="a text with a token beyond them cannot be read",
+            fix="put the tokenizer that the model was trained with into the folder, or resize the model's embeddings",
+        )
+
+
+def check_weights_finite(model: Any, *, where: Path) -> None:
+    """Refuse a model with a weight that is no number.
+
+    Raises:
+        InputError: naming the first such tensor.
+    """
+    broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+    if broken:
+        raise InputError(
+            f"{len(broken)} of the model's tensors are not finite, the first is {broken[0]}",
+            where=str(where),
+            why="every loss computed with it would be nan, and no generation would mean anything",
+            fix="copy the checkpoint again; where training made it so, train with a lower learning rate",
+        )
 
 
 def check_fit(

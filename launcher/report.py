@@ -26,6 +26,7 @@ from launcher.report_data import (
 )
 from launcher.report_pairs import pair_view
 from launcher.report_rows import side_by_side
+from launcher.report_verdicts import verdict_view
 from trainers.files import write_text
 
 LEADERBOARD_URL = "https://llmunlearningsemeval2025.github.io/"
@@ -94,6 +95,7 @@ def render(data: RunData, *, plots: Mapping[str, Plot], mask: bool = True) -> st
         "models": [_model_row(model) for model in data.models if model["scores"]],
         "leaderboard": LEADERBOARD,
         "leaderboard_url": LEADERBOARD_URL,
+        "verdicts": verdict_view(data),
         "heat": _heat(data),
         "pair": pair_view(data),
         "trials": [_trial_row(data, trial) for trial in data.trials],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.bootstrap import paired_difference
-from eval.forgetting import classify
+from eval.forgetting import alive, classify
 from eval.report import LoadedReport, read_report
 from launcher.search_space import TrialSpec
 from launcher.trial import read_status
@@ -61,7 +61,10 @@ def model_entry(*, run: Path, name: str, role: str, label: str, folder: Path, pa
     baseline = read_report(run / "baseline" / "eval.json")
     difference = None
     if parents and role in ("merged", "control"):
-        better = max(parents, key=headline)
+        # A dead parent may have the higher final score; it is not what a merge has to beat.
+        better = max(
+            parents, key=lambda parent: (alive(classify(scores=parent.scores, baseline=baseline.scores).verdict), headline(parent))
+        )
         difference = paired_difference(report, better)
     return {
         "name": name,
@@ -91,7 +94,7 @@ def verdict_sentence(*, pairs: Mapping[str, Any], models: Sequence[Mapping[str, 
     if delivered is None:
         return f"No trial is alive, so no model was written: {pairs.get('reason') or 'every trial lost its utility or forgot nothing'}."
     if merged is None:
-        return f"No pair could be merged ({pairs.get('reason')}); the best single trial, {delivered}, was written instead."
+        return f"No pair could be merged ({pairs.get('reason')}); the best model without one, {delivered}, was written instead."
     difference = (merged.get("difference_to_best_parent") or {}).get("final_score") or (merged.get("difference_to_best_parent") or {}).get(
         "task_aggregate"
     )
@@ -109,8 +112,14 @@ def verdict_sentence(*, pairs: Mapping[str, Any], models: Sequence[Mapping[str, 
             text += f"; the difference to its better parent, {bounds}, is within noise on documents that selection never saw"
     text += "."
     if delivered != "ties":
-        text += f" On the validation documents {delivered} alone did better, so {delivered} is the model in merged/."
+        reason = "the merge's gain was within noise" if pairs.get("ahead") else f"{delivered} did better"
+        text += f" On the validation documents {reason}, so {delivered} is the model in merged/."
     return text
+
+
+def control_label(name: str, label: str) -> str:
+    """What a control is called in tables: its fixed label, or what the search called it."""
+    return LABELS.get(name, label)
 
 
 def write_results(run: Path, results: Mapping[str, Any]) -> None:

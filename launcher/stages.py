@@ -9,11 +9,11 @@ from typing import Any
 
 from launcher.config import ExperimentConfig
 from launcher.console import Console, duration
-from launcher.data import PreparedData, check_kinds, prepare_data, question_groups, unseen_texts
+from launcher.data import PreparedData, prepare_data, question_groups, unseen_texts
 from launcher.load import LoadedExperiment, dump_yaml
 from launcher.lock import hold
 from launcher.logs import quiet_libraries
-from launcher.preflight import check_fit, check_texts
+from launcher.preflight import check_texts
 from launcher.resources import ResourcePlan, plan_resources
 from launcher.run_folder import Run, check_run_place, check_same_target, claim_run, run_place
 from launcher.scoring import evaluate_folder
@@ -368,49 +368,53 @@ def evaluate_model(
     official: bool,
     out: Path,
     progress: Callable[[str], None] | None = None,
+    processes: int = 1,
 ) -> None:
     """``unlearn eval``: the official protocol on any checkpoint, over all rows of a folder.
+
+    What an earlier call with the same arguments finished before it was ended is not computed again.
 
     Raises:
         InputError: before anything is computed, if model, data or output are unusable.
     """
     from eval.config import EvalConfig
-    from eval.mmlu import load_mmlu
+    from eval.parts import UnitStore, partial_folder
+    from eval.progress import Meter
     from eval.report import write_report
     from eval.runner import evaluate
-    from trainers.data.records import load_attack_documents, load_forget_retain
+    from launcher.scoring import EvaluationInputs, EvaluationProcesses, share_threads
     from trainers.distributed import Rank
-    from trainers.modeling import context_length, load_adapted_model, load_model_config, load_tokenizer
 
     quiet_libraries()
     check_output_file(out)
-    base, checkpoint = locate_model(model)
-    config = EvalConfig(official=official, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}))
-    records = load_forget_retain(data)
-    for name, rows in (("forget", records.forget), ("retain", records.retain)):
-        check_kinds(rows, where=f"{data}, the {name} set")
-    attack = load_attack_documents(mia) if mia else None
-    questions = load_mmlu(mmlu.expanduser()) if mmlu else None
-    context = context_length(load_model_config(base))
-    tokenizer = load_tokenizer(base)
-    check_fit(
-        tokenizer=tokenizer,
-        context=context,
-        rows=(*records.forget, *records.retain),
-        attack=(attack,) if attack else (),
-        mmlu=(questions,) if questions else (),
-        max_prompt_tokens=config.mmlu_max_prompt_tokens,
+    inputs = EvaluationInputs(
+        *locate_model(model),
+        data=data,
+        mia=mia,
+        mmlu=mmlu,
+        config=EvalConfig(official=official, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})),
     )
-    report = evaluate(
-        model=load_adapted_model(base, checkpoint, dtype=config.dtype, device=Rank().device),
-        tokenizer=tokenizer,
-        data=records,
-        attack=attack,
-        mmlu=questions,
-        config=config,
-        fold="all",
-        model_name=str(model),
-        device=Rank().device,
-        progress=progress or print,
-    )
-    write_report(report, out)
+    loaded = inputs.load()
+    # Before anything is written: an unusable model leaves no folder behind.
+    ready = loaded.load_model(Rank().device)
+    store = UnitStore(partial_folder(out), identity=inputs.identity())
+    threads = share_threads(processes)
+    # Two calls for the same report would write into each other's unfinished results.
+    with hold(partial_folder(out) / ".lock"):
+        report = evaluate(
+            model=ready,
+            tokenizer=loaded.tokenizer,
+            data=loaded.data,
+            attack=loaded.attack,
+            mmlu=loaded.mmlu,
+            config=inputs.config,
+            fold="all",
+            model_name=str(model),
+            device=Rank().device,
+            progress=progress or print,
+            store=store,
+            meter=Meter(),
+            helpers=EvaluationProcesses(inputs, store=store, count=processes, threads=threads) if processes > 1 else None,
+        )
+        write_report(report, out)
+        store.remove()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from statistics import NormalDist
 
 TARGET = 0.5
+EXTREME = 0.001
+"""An AUC nearer to 0 or 1 than this counts as this near: few documents cannot tell more."""
 DIGITS = 3
 """Scales are rounded, so that a repeated search asks for the same merges."""
-MARGIN = 0.1
+MARGIN = 0.05
 """A secant step keeps this share of the bracket's width from its ends, so that a bent curve cannot make it stall."""
 
 
@@ -16,7 +19,9 @@ def next_scale(*, auc_at: Mapping[float, float], bounds: tuple[float, float], to
     """The next scale to measure, or null if nothing more is to be learned.
 
     The AUC usually falls as the scale grows, but nothing relies on it: inside a change of side the secant is taken,
-    and without one the line through the outermost two points is followed, at most to the bound.
+    and without one the line through the outermost two points is followed, at most to the bound. Lines are drawn through the normal
+    quantiles of the AUC (the distance of the two groups of losses in standard deviations, if they were normal): the AUC itself stays at
+    1 for long, and then falls at once.
 
     Args:
         auc_at: AUC by scale, measured so far; scale 0 is the untouched target, which may lie outside the bounds.
@@ -27,7 +32,7 @@ def next_scale(*, auc_at: Mapping[float, float], bounds: tuple[float, float], to
     inside = [scale for scale in auc_at if low <= scale <= high]
     if not inside or any(abs(auc_at[scale] - TARGET) <= tolerance for scale in inside):
         return None
-    points = sorted((scale, auc - TARGET) for scale, auc in auc_at.items())
+    points = sorted((scale, height(auc)) for scale, auc in auc_at.items())
     brackets = [
         (left, right) for left, right in itertools.pairwise(points) if left[1] * right[1] <= 0 and left[0] < high and right[0] > low
     ]
@@ -42,12 +47,9 @@ def next_scale(*, auc_at: Mapping[float, float], bounds: tuple[float, float], to
     return _new(proposal, auc_at) or _new(high if proposal >= max(inside) else low, auc_at)
 
 
-def reachable_auc(*, baseline_auc: float | None, auc: float, bounds: tuple[float, float]) -> float:
-    """The AUC nearest to 0.5 that a line from (0, baseline) through (1, auc) reaches inside the bounds."""
-    if baseline_auc is None or baseline_auc == auc:
-        return auc
-    scale = min(max((TARGET - baseline_auc) / (auc - baseline_auc), bounds[0]), bounds[1])
-    return baseline_auc + (auc - baseline_auc) * scale
+def height(auc: float) -> float:
+    """The normal quantile of an AUC: 0 at 0.5, about 3 at 1."""
+    return NormalDist().inv_cdf(min(max(auc, EXTREME), 1 - EXTREME))
 
 
 def _extrapolate(points: list[tuple[float, float]], *, low: float, high: float) -> float:

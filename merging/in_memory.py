@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from merging.combine import add_update, combine, model_thresholds
+from merging.combine import add_update, check_vectors, combine, majority_sign, model_thresholds
 from merging.config import MergeConfig
+from merging.methods.low_rank import LowRank
 from merging.task_vectors import TaskVector, all_finite
 from merging.tensor_store import open_base
 from merging.ties import Border, find_borders
@@ -64,6 +65,13 @@ class _CachedVector:
         cached = self._cache.get(key)
         return self._cache.put(key, self._vector.update(name, device=device)) if cached is None else cached
 
+    @property
+    def content_hash(self) -> str:
+        return self._vector.content_hash
+
+    def factors(self, name: str, *, device: str = "cpu") -> LowRank | None:
+        return self._vector.factors(name, device=device)
+
     def border(self, name: str, *, density: float, device: str = "cpu") -> Border:
         """Where a trim of one tensor cuts; the first question about a tensor answers those about the other densities, too."""
         if (name, density, device) not in self._borders:
@@ -105,7 +113,9 @@ class MergeSession:
         self._parameters = model.state_dict()
         self._cache = TensorCache(limit_bytes=cache_bytes)
         self._vectors = {vector.trial: _CachedVector(vector, self._cache, densities=densities) for vector in vectors}
-        self._thresholds: dict[tuple[str, float], float] = {}
+        self._sources = {vector.trial: vector for vector in vectors}
+        self._thresholds: dict[tuple[str, float, str], float] = {}
+        self._majorities: dict[tuple, int] = {}
         self._merged: set[str] = set()
         if len(self._vectors) != len(vectors):
             raise InputError("two trials have the same name", where=", ".join(vector.trial for vector in vectors))
@@ -131,20 +141,27 @@ class MergeSession:
             config.trial_weights(len(vectors))
         except ValueError as error:
             raise InputError(str(error), where="weights") from None
-        thresholds = None
+        check_vectors([self._sources[name] for name in trials], config=config)
+        thresholds = majority = None
         if config.method == "ties" and config.trim_scope == "model":
-            thresholds = [self._threshold(name, config.density) for name in trials]
+            thresholds = [self._threshold(name, config) for name in trials]
         names = [name for name in self._store.tensors if any(name in vector.names for vector in vectors)]
         self._restore(self._merged - set(names))
         self._merged |= set(names)
         # A calibration changes the scale only: the merged update stays.
         recipe = (tuple(trials), config.model_copy(update={"scale": 1.0}).model_dump_json())
+        if config.method == "ties" and config.zero_sum == "majority":
+            if recipe not in self._majorities:
+                self._majorities[recipe] = majority_sign(vectors=vectors, thresholds=thresholds, config=config)
+            majority = self._majorities[recipe]
         for name in names:
             parameter = self._parameters[name]
             device = str(parameter.device)
             update = self._cache.get(("merged", recipe, name, device))
             if update is None:
-                merged = combine(name, vectors=vectors, config=config, thresholds=thresholds, device=device, with_stats=False)
+                merged = combine(
+                    name, vectors=vectors, config=config, thresholds=thresholds, majority=majority, device=device, with_stats=False
+                )
                 update = self._cache.put(("merged", recipe, name, device), merged.update)
             after = add_update(self._base(name).to(device), update=update, scale=config.scale)
             if not all_finite(after):
@@ -167,8 +184,9 @@ class MergeSession:
         cached = self._cache.get(("base", name))
         return self._cache.put(("base", name), self._store.read(name)) if cached is None else cached
 
-    def _threshold(self, trial: str, density: float) -> float:
-        key = (trial, density)
+    def _threshold(self, trial: str, config: MergeConfig) -> float:
+        key = (trial, config.density, config.trim_count)
         if key not in self._thresholds:
-            self._thresholds[key] = model_thresholds(vectors=[self._vectors[trial]], density=density)[0]
+            vectors = [self._vectors[trial]]
+            self._thresholds[key] = model_thresholds(vectors=vectors, density=config.density, trim_count=config.trim_count)[0]
         return self._thresholds[key]

@@ -75,17 +75,20 @@ def merge_checkpoint(
         InputError: if the inputs do not fit each other, hold values that are not finite, or ``out`` is in use. Nothing is left in ``out``.
         SetupError: if the disk is too small.
     """
+    from merging.combine import check_vectors
+
     started = time.monotonic()
     device, workers = (
         device or _device(),
         workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MAX_WORKERS),
     )
     base, out = Path(base), Path(out)
-    _check_request(base=base, trials=trials, out=out, config=config)
+    check_request(base=base, trials=trials, out=out, config=config)
     store = open_base(check_model_folder(base))
     # The base is hashed while it is read for the merge, which is the only time: a trial of another base is found out at the end.
     vectors = [open_task_vector(base=base, trial=trial, check_base=False) for trial in trials]
-    _check_out_apart(out, inputs=[base, *(vector.folder for vector in vectors)])
+    check_out_apart(out, inputs=[base, *(vector.folder for vector in vectors)])
+    check_vectors(vectors, config=config)
     copied = [file for file in sorted(base.iterdir()) if _is_copied(file)]
     _check_disk(out, needed=store.num_bytes + sum(file.stat().st_size for file in copied))
 
@@ -106,7 +109,7 @@ def merge_checkpoint(
             "weights": list(config.trial_weights(len(vectors))),
             "formula": config.formula(),
             "arithmetic": "float32 on dense updates (B @ A for adapters), rounded once to the base's dtype",
-            "notes": _notes(vectors),
+            "notes": merge_notes(vectors, config=config),
             "shards": {shard.name: {"bytes": shard.stat().st_size, "header": header_hash(shard)} for shard in store.shards},
             "files": {file.name: sha256_file(folder / file.name) for file in copied},
             "tensors": {name: {**stats, "sha256": rewritten.tensors[name]} for name, stats in tensors.items()},
@@ -164,21 +167,24 @@ def _write_weights(
 ) -> tuple[dict[str, dict[str, Any]], Rewritten]:
     import torch
 
-    from merging.combine import add_update, combine, count_changed, model_thresholds
+    from merging.combine import add_update, combine, count_changed, majority_sign, model_thresholds
 
     names = [name for name in store.tensors if any(name in vector.names for vector in vectors)]
     thresholds = None
     if config.method == "ties" and config.trim_scope == "model":
         if progress:
             progress("finding the thresholds of the whole task vectors")
-        thresholds = model_thresholds(vectors=vectors, density=config.density, device=device)
+        thresholds = model_thresholds(vectors=vectors, density=config.density, device=device, trim_count=config.trim_count)
+    majority = None
+    if config.method == "ties" and config.zero_sum == "majority":
+        majority = majority_sign(vectors=vectors, thresholds=thresholds, config=config, device=device)
     tensors: dict[str, dict[str, Any]] = {}
     meter = Meter(total_bytes=sum(store.tensors[name].num_bytes for name in names), say=progress)
 
     @torch.no_grad()
     def replacement(name: str, stored: Tensor) -> Tensor:
         before = stored.to(device)
-        merged = combine(name, vectors=vectors, config=config, thresholds=thresholds, device=device)
+        merged = combine(name, vectors=vectors, config=config, thresholds=thresholds, majority=majority, device=device)
         after = add_update(before, update=merged.update, scale=config.scale)
         if not all_finite(after):
             raise InputError(
@@ -231,13 +237,20 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _check_request(*, base: Path, trials: Sequence[Path], out: Path, config: MergeConfig) -> None:
+def check_request(*, base: Path, trials: Sequence[Path], out: Path, config: MergeConfig) -> None:
+    """Refuse what can be refused without opening a file of the trials.
+
+    Raises:
+        InputError: naming the trial, setting or folder.
+    """
     if not trials:
         raise InputError("no trial to merge", fix="name at least one trial or checkpoint folder")
     try:
         config.trial_weights(len(trials))
     except ValueError as error:
-        raise InputError(str(error), where="weights", fix="give one weight per trial, in the same order") from None
+        raise InputError(
+            str(error), where="trials and weights", fix="name as many trials as the method merges, and one weight for each, in order"
+        ) from None
     if out.exists() and not out.is_dir():
         raise InputError("the output is a file", where=str(out), fix="name a new folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
@@ -247,11 +260,12 @@ def _check_request(*, base: Path, trials: Sequence[Path], out: Path, config: Mer
             why="only a folder with merge.json is replaced",
             fix="name a new folder, or empty this one",
         )
-    _check_out_apart(out, inputs=[base, *map(Path, trials)])
+    check_out_apart(out, inputs=[base, *map(Path, trials)])
     check_writable(out)
 
 
-def _check_out_apart(out: Path, *, inputs: Sequence[Path]) -> None:
+def check_out_apart(out: Path, *, inputs: Sequence[Path]) -> None:
+    """Raises InputError if writing the output folder would overwrite an input."""
     target = out.resolve()
     for path in inputs:
         if path.resolve().is_relative_to(target):
@@ -280,12 +294,21 @@ def _is_copied(file: Path) -> bool:
     return not file.name.endswith(WEIGHT_SUFFIXES)
 
 
-def _notes(vectors: Sequence[TaskVector]) -> list[str]:
-    return [
+def merge_notes(vectors: Sequence[TaskVector], *, config: MergeConfig) -> list[str]:
+    """What a reader of the record should know about the trials."""
+    notes = [
         f"{vector.trial} is stored in {', '.join(vector.details['dtypes'])}: its task vector carries the rounding of every weight"
         for vector in vectors
         if vector.details.get("rounded")
     ]
+    seeds = [vector.details.get("seed") for vector in vectors]
+    if config.method == "seed" and len(vectors) > 1 and (None in seeds or len(set(seeds)) > 1):
+        told = ", ".join(f"{vector.trial}: {'unknown' if seed is None else seed}" for vector, seed in zip(vectors, seeds, strict=True))
+        notes.append(
+            f"factors were merged apart, which has a meaning only for trials that started from the same factor A, but their seeds differ "
+            f"or are unknown ({told})"
+        )
+    return notes
 
 
 def _peak_rss() -> int:

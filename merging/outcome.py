@@ -7,74 +7,92 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eval.forgetting import Verdict, rank_key
-from merging.config import MergeConfig, PairConfig
-from merging.pairs import Candidate, CheapScores, Pair, Sides
+from merging.cheap import CheapScores
+from merging.config import MergeConfig, ObjectiveWeights, PairConfig
+from merging.pairs import EXPECTED, Candidate, Pair, Sides, objective_value
 from trainers.files import strict_json
 
-SCHEMA_VERSION = 1
-FINAL_SCORE = "final_score"
+SCHEMA_VERSION = 2
+PARTS = ("task_aggregate", "mia_score", "mmlu_average")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One cheaply measured merge."""
+    """One merge, measured without generation.
 
-    pair: Pair
+    Args:
+        pair: the parents; null for a control.
+        config: of the merge.
+        share: of the over-forgetting parent's weight.
+        examples: how many it was measured on.
+        cheap: null if it could not be measured.
+        objective: of ``cheap``.
+        gate: the gate that it fails, in words.
+        error: why it could not be measured.
+    """
+
+    pair: Pair | None
     config: MergeConfig
+    share: float | None
+    examples: int
     cheap: CheapScores | None
     objective: float | None
     gate: str | None
-    """The gate that it fails, in words."""
     error: str | None
-    """Why it could not be measured."""
 
     @property
     def order(self) -> tuple:
         """Sorts the best first: gates passed, then objective, then names and parameters, so that the order is always the same."""
         objective = -2.0 if self.objective is None else self.objective
-        return (self.cheap is None, self.gate is not None, -objective, self.pair.name, self.config.density, self.config.scale)
+        name = self.pair.name if self.pair else ""
+        place = (name, self.config.density, self.share if self.share is not None else 0.5, self.config.scale)
+        return (self.cheap is None, self.gate is not None, -objective, *place)
+
+    @property
+    def place(self) -> str:
+        """The parameters in a few words."""
+        return describe_merge(self.config, share=self.share)
 
     def describe(self) -> str:
         """One line for the log."""
-        place = f"density {self.config.density:g} scale {self.config.scale:g}"
         if self.cheap is None:
-            return f"{place}: {self.error}"
-        return f"{place}: AUC {self.cheap.mia_auc:.3f}, objective {self.objective:.3f}" + (f", gate: {self.gate}" if self.gate else "")
+            return f"{self.place}: {self.error}"
+        text = f"{self.place}, {self.examples} examples: AUC {self.cheap.mia_auc:.3f}, objective {self.objective:.3f}"
+        return text + (f", gate: {self.gate}" if self.gate else "")
+
+
+def describe_merge(config: MergeConfig, *, share: float | None = None) -> str:
+    """Density, share and scale, as far as they say something."""
+    words = [f"density {config.density:g}"] if config.reads("density") else []
+    words += [f"share {share:g}"] if share is not None and share != 0.5 else []
+    return " ".join([*words, f"scale {config.scale:g}"])
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A merge, control or trial with full validation scores (null if measuring failed)."""
+    """A merge, control or trial with full validation scores (null if measuring failed).
+
+    Args:
+        name: of a trial or control, or a merge's parents and parameters.
+        role: merge, control or trial.
+        scores: of its report.
+        alive: whether it passes all gates.
+        gate: the gate that it fails, or why there are no scores.
+        parents: what was merged or scaled; empty for a trial.
+        pair: of a merge.
+        config: of a merge or control.
+        share: of a merge.
+    """
 
     name: str
     role: str
-    """``merge``, ``control`` or ``trial``."""
     scores: Mapping[str, float | None] | None
     alive: bool
     gate: str | None
-    pair: Pair | None
-    config: MergeConfig | None
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """Names of the merged trials; empty for a trial."""
-        return self.pair.trials if self.pair else ()
-
-    def value(self, metric: str) -> float:
-        """The number that decides: ``final_score``, or the mean of task aggregate and membership score; -inf if nothing was measured."""
-        return self._key(metric)[1]
-
-    def order(self, metric: str) -> tuple:
-        """Sorts the best first: alive, then the metric, then the harmonic mean of forgetting and retention."""
-        alive, value, smooth = self._key(metric)
-        return (not alive, -value, -smooth)
-
-    def _key(self, metric: str) -> tuple[bool, float, float]:
-        scores = dict(self.scores or {})
-        if metric != FINAL_SCORE:
-            # MMLU that some contestants lack must not enter the comparison of others.
-            scores |= {FINAL_SCORE: None, "mmlu_average": None}
-        return rank_key(verdict=Verdict.BALANCED if self.alive else Verdict.DEAD, scores=scores)
+    parents: tuple[str, ...] = ()
+    pair: Pair | None = None
+    config: MergeConfig | None = None
+    share: float | None = None
 
     def describe(self) -> str:
         """One line for the log."""
@@ -87,54 +105,125 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Contestants, best first, and the metric that ordered them."""
+    """Contestants, best first, by an objective whose parts all of them have."""
 
     contestants: tuple[Contestant, ...]
-    metric: str
+    weights: ObjectiveWeights
+    without: tuple[str, ...]
 
-    def first(self, role: str) -> Contestant | None:
-        """The best contestant of a role."""
-        return next((entry for entry in self.contestants if entry.role == role), None)
+    @property
+    def metric(self) -> str:
+        """What ordered them, in words."""
+        parts = [(name, weight) for name, weight in self.weights if weight > 0 and name not in self.without]
+        if len(parts) == len(PARTS) and len({weight for _, weight in parts}) == 1:
+            return "expected final_score" if self.expects else "final_score"
+        return f"mean({', '.join(name if weight == 1 else f'{weight:g} * {name}' for name, weight in parts)})"
+
+    @property
+    def expects(self) -> bool:
+        """Whether membership scores are those that are to be expected on unseen documents."""
+        return any(EXPECTED in (entry.scores or {}) for entry in self.contestants)
+
+    def value(self, entry: Contestant) -> float:
+        """The number that decides; -inf if nothing was measured."""
+        return objective_value(entry.scores or {}, weights=self.weights, without=self.without)
+
+    def order(self, entry: Contestant) -> tuple:
+        """Sorts the best first: alive, then the objective, then the harmonic mean of forgetting and retention."""
+        smooth = rank_key(verdict=Verdict.BALANCED, scores=entry.scores or {})[2]
+        return (not entry.alive, -self.value(entry), -smooth)
+
+    def better(self, entry: Contestant, other: Contestant | None) -> bool:
+        """Whether the first is alive and strictly ahead of the second."""
+        return entry.alive and (other is None or self.order(entry) < self.order(other))
+
+    def best(self, role: str, *, alive: bool = False) -> Contestant | None:
+        """The best measured contestant of a role."""
+        found = (one for one in self.contestants if one.role == role and one.scores is not None and (one.alive or not alive))
+        return next(found, None)
 
 
-def rank(contestants: Sequence[Contestant]) -> Ranking:
-    """Order by ``final_score`` if every measured contestant has it, else by the mean of task aggregate and membership score.
+def rank(contestants: Sequence[Contestant], *, weights: ObjectiveWeights | None = None) -> Ranking:
+    """Order by the objective, leaving out parts that some measured contestant lacks.
 
     One that is alive comes before one that is not. Equal ones keep the order in which they are given.
     """
-    measured = [entry for entry in contestants if entry.scores is not None]
-    complete = bool(measured) and all((entry.scores or {}).get(FINAL_SCORE) is not None for entry in measured)
-    metric = FINAL_SCORE if complete else "mean(task_aggregate, mia_score)"
-    return Ranking(contestants=tuple(sorted(contestants, key=lambda entry: entry.order(metric))), metric=metric)
+    weights = weights or ObjectiveWeights()
+    measured = [entry.scores for entry in contestants if entry.scores is not None]
+    without = tuple(name for name in PARTS if any(scores.get(name) is None for scores in measured))
+    ranking = Ranking(contestants=(), weights=weights, without=without)
+    return Ranking(contestants=tuple(sorted(contestants, key=ranking.order)), weights=weights, without=without)
 
 
-def better(entry: Contestant, other: Contestant | None, *, metric: str) -> bool:
-    """Whether the first is alive and strictly ahead of the second."""
-    return entry.alive and (other is None or entry.order(metric) < other.order(metric))
+@dataclass(frozen=True)
+class Control:
+    """What a merge has to be compared with, measured without generation.
+
+    Args:
+        name: linear, unanimous, or scaled- and a checkpoint's name.
+        label: in words.
+        parents: what was merged or scaled.
+        point: its best measurement on the whole fold.
+    """
+
+    name: str
+    label: str
+    parents: tuple[str, ...]
+    point: Point
 
 
 @dataclass(frozen=True)
 class PairSearchResult:
-    """Everything that a pair search looked at, and its decision on the validation fold."""
+    """Everything that a pair search looked at, and its decision on the validation fold.
+
+    Args:
+        candidates: by name.
+        sides: of AUC 0.5.
+        pairs: all that bracket it, best prediction first.
+        dropped: why a pair went no further, by its name.
+        points: merges of pairs, in the order in which they were measured.
+        controls: what merges are compared with.
+        ranking: of everything measured in full.
+        winner: the model to hand out; null if nothing is alive.
+        best_merge: the best merge measured in full, winner or not; null without one.
+        best_parent: the better parent of the best merge; without a merge, the best trial.
+        reference: the best single checkpoint, parent or not.
+        gain: of the best merge over the reference, with its interval; null if it is not known.
+        cost: see ``Ledger``; with what the same grid would have cost for all pairs.
+        config: of the search.
+        merge: of the merges.
+    """
 
     candidates: tuple[Candidate, ...]
     sides: Sides
     pairs: tuple[Pair, ...]
-    num_measured_pairs: int
+    dropped: Mapping[str, str]
     points: tuple[Point, ...]
-    contestants: tuple[Contestant, ...]
-    metric: str
+    controls: tuple[Control, ...]
+    ranking: Ranking
     winner: Contestant | None
-    """The best live merge or trial; null if none is alive."""
     best_merge: Contestant | None
-    """The best merge measured in full, winner or not; null without a pair."""
     best_parent: Contestant | None
-    """The better parent of the best merge; without a merge, the best trial."""
-    merge_beats_parents: bool | None
-    """Whether the best merge is strictly ahead of its better parent; null without a merge."""
-    cost: dict[str, int]
+    reference: Contestant | None
+    gain: Mapping[str, float] | None
+    cost: Mapping[str, int]
     config: PairConfig
     merge: MergeConfig
+
+    @property
+    def metric(self) -> str:
+        """What decided, in words."""
+        return self.ranking.metric
+
+    @property
+    def contestants(self) -> tuple[Contestant, ...]:
+        """Everything measured in full, best first."""
+        return self.ranking.contestants
+
+    @property
+    def merge_beats_parents(self) -> bool | None:
+        """Whether the best merge is strictly ahead of its better parent; null without a merge."""
+        return self.ranking.better(self.best_merge, self.best_parent) if self.best_merge else None
 
     @property
     def reason(self) -> str | None:
@@ -142,27 +231,37 @@ class PairSearchResult:
         if self.sides.reason:
             return self.sides.reason
         if not self.pairs:
-            return "no two trials bracket AUC 0.5"
+            return "no two checkpoints bracket AUC 0.5"
         return None if self.best_merge else "no merge could be measured"
 
     @property
     def sentence(self) -> str:
-        """The decision in one sentence."""
+        """The decision in a few sentences."""
         if self.best_merge is None:
-            return f"No merge: {self.reason}. " + (f"Best trial: {self.winner.name}." if self.winner else "No trial is alive.")
-        if self.best_parent is None:
-            return f"The merge {self.best_merge.name} has no parent to be compared with."
-        verb = "beats" if self.merge_beats_parents else "does not beat"
-        numbers = f"{self.best_merge.value(self.metric):.3f} against {self.best_parent.value(self.metric):.3f} ({self.metric}, validation)"
-        text = f"The merge {self.best_merge.name} {verb} its better parent {self.best_parent.name}: {numbers}."
-        ahead = [entry.name for entry in self.contestants if entry.role == "control" and better(entry, self.best_merge, metric=self.metric)]
-        if ahead:
-            text += f" The {ahead[0]} control is ahead of it."
+            return f"No merge: {self.reason}. " + (f"Best: {self._named(self.winner)}." if self.winner else "No trial is alive.")
+        text = self._comparison()
         if self.best_merge.gate:
             text += f" It fails a gate: {self.best_merge.gate}."
         if self.winner is None:
             return text + " Nothing is alive."
-        return text if self.winner is self.best_merge else f"{text} Winner: {self.winner.role} {self.winner.name}."
+        return text if self.winner is self.best_merge else f"{text} Winner: {self._named(self.winner)}."
+
+    def _comparison(self) -> str:
+        assert self.best_merge is not None
+        other = self.reference or self.best_parent
+        if other is None:
+            return f"The merge {self.best_merge.name} has no single checkpoint to be compared with."
+        verb = "beats" if self.ranking.better(self.best_merge, other) else "does not beat"
+        whose = "its better parent" if other is self.best_parent else "the best single checkpoint"
+        numbers = f"{self.ranking.value(self.best_merge):.3f} against {self.ranking.value(other):.3f} ({self.metric}, validation"
+        text = f"The merge {self.best_merge.name} {verb} {whose} {other.name}: {numbers}"
+        if self.gain:
+            interval = f"{self.config.confidence:.0%} interval of the gain {self.gain['low']:+.3f} to {self.gain['high']:+.3f}"
+            text += f"; {interval}" + ("" if self.gain["low"] > 0 or verb != "beats" else ", within noise")
+        return text + ")."
+
+    def _named(self, entry: Contestant | None) -> str:
+        return "" if entry is None else f"{entry.role} {entry.name}"
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``pairs.json``."""
@@ -175,11 +274,14 @@ class PairSearchResult:
             "winner": None if self.winner is None else self._contestant(self.winner),
             "best_merge": None if self.best_merge is None else self._contestant(self.best_merge),
             "best_parent": None if self.best_parent is None else self.best_parent.name,
+            "reference": None if self.reference is None else self.reference.name,
             "merge_beats_parents": self.merge_beats_parents,
+            "gain": None if self.gain is None else dict(self.gain),
             "candidates": [self._candidate(candidate) for candidate in self.candidates],
-            "pairs": [self._pair(pair, number) for number, pair in enumerate(self.pairs, start=1)],
+            "pairs": [self._pair(pair) for pair in self.pairs],
+            "controls": [self._control(control) for control in self.controls],
             "contestants": [self._contestant(entry) for entry in self.contestants],
-            "cost": self.cost,
+            "cost": dict(self.cost),
             "config": self.config.model_dump(mode="json"),
             "merge": self.merge.model_dump(mode="json"),
         }
@@ -189,14 +291,16 @@ class PairSearchResult:
         return {
             "name": candidate.name,
             "checkpoint": str(candidate.checkpoint),
+            "complete": candidate.complete,
             "verdict": candidate.verdict,
             "sides": sides,
             "excluded": self.sides.excluded.get(candidate.name),
             "scores": dict(candidate.scores),
+            "cheap": None if candidate.cheap is None else asdict(candidate.cheap),
         }
 
-    def _pair(self, pair: Pair, number: int) -> dict[str, Any]:
-        points = [point for point in self.points if point.pair.name == pair.name]
+    def _pair(self, pair: Pair) -> dict[str, Any]:
+        points = [point for point in self.points if point.pair is not None and point.pair.name == pair.name]
         full = [entry for entry in self.contestants if entry.pair is not None and entry.pair.name == pair.name]
         return {
             "over": pair.over.name,
@@ -204,22 +308,32 @@ class PairSearchResult:
             "prediction": asdict(pair.prediction),
             "points": [_point(point) for point in points],
             "full": [self._contestant(entry) for entry in full],
-            "outcome": self._outcome(pair, number, points, full),
+            "outcome": self._outcome(pair, full),
         }
 
-    def _outcome(self, pair: Pair, number: int, points: list[Point], full: list[Contestant]) -> str:
-        if number > self.num_measured_pairs:
-            return f"not measured: its prediction ranks {number}, and the search measures {self.num_measured_pairs}"
-        if not any(point.cheap for point in points):
-            return f"not a finalist: {points[0].error}" if points else "not measured"
-        if not full:
-            best = min(points, key=lambda point: point.order)
-            return f"not a finalist: {best.gate}" if best.gate else f"not a finalist: its best cheap objective is {best.objective:.3f}"
+    def _outcome(self, pair: Pair, full: list[Contestant]) -> str:
         won = next((entry for entry in full if entry is self.winner), None)
         if won:
-            return f"won, as {won.role}: {won.describe()}"
-        reason = full[0].gate or (f"behind {self.winner.role} {self.winner.name}" if self.winner else "nothing is alive")
-        return f"finalist, lost: {reason}"
+            return f"won: {won.describe()}"
+        if not full:
+            return self.dropped.get(pair.name, "not measured")
+        if full[0].gate:
+            return f"finalist, lost: {full[0].gate}"
+        if self.winner is None:
+            return "finalist, lost: nothing is alive"
+        behind = "not clearly ahead of" if self.ranking.better(full[0], self.winner) else "behind"
+        return f"finalist, lost: {behind} {self._named(self.winner)}"
+
+    def _control(self, control: Control) -> dict[str, Any]:
+        full = next((entry for entry in self.contestants if entry.role == "control" and entry.name == control.name), None)
+        return {
+            "name": control.name,
+            "label": control.label,
+            "parents": list(control.parents),
+            **_point(control.point),
+            "config": control.point.config.model_dump(mode="json"),
+            "full": None if full is None else self._contestant(full),
+        }
 
     def _contestant(self, entry: Contestant) -> dict[str, Any]:
         return {
@@ -227,18 +341,22 @@ class PairSearchResult:
             "role": entry.role,
             "over": entry.pair.over.name if entry.pair else None,
             "under": entry.pair.under.name if entry.pair else None,
+            "parents": list(entry.parents),
             "config": entry.config.model_dump(mode="json") if entry.config else None,
+            "share": entry.share,
             "scores": None if entry.scores is None else dict(entry.scores),
             "alive": entry.alive,
             "gate": entry.gate,
-            "value": strict_json(entry.value(self.metric)),
+            "value": strict_json(self.ranking.value(entry)),
         }
 
 
 def _point(point: Point) -> dict[str, Any]:
     return {
-        "density": point.config.density,
+        "density": point.config.density if point.config.reads("density") else None,
+        "share": point.share,
         "scale": point.config.scale,
+        "examples": point.examples,
         "cheap": asdict(point.cheap) if point.cheap else None,
         "objective": point.objective,
         "gate": point.gate,

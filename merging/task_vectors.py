@@ -16,6 +16,8 @@ from trainers.files import read_json, sha256_file, sha256_folder, sha256_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merging.methods.low_rank import LowRank
+
 
 @dataclass(frozen=True)
 class TaskVector:
@@ -32,6 +34,8 @@ class TaskVector:
     read: Callable[[str, str], Tensor]
     target_hash: str | None = None
     """Hash of the weights that the trial started from, where it recorded one."""
+    adapter: Adapter | None = None
+    """The factors, if it is an adapter."""
 
     def update(self, name: str, *, device: str = "cpu") -> Tensor:
         """The update of one base tensor, float32, in the base's shape; computed on ``device``.
@@ -45,6 +49,17 @@ class TaskVector:
         update = self.read(name, device)
         check_finite(update, name=name, trial=self.trial, folder=self.folder)
         return update
+
+    def factors(self, name: str, *, device: str = "cpu") -> LowRank | None:
+        """The float32 factors whose product is the update of one base tensor, on ``device``; null if the tensor is stored whole."""
+        return None if self.adapter is None or name not in self.adapter.factors else _low_rank(self.adapter, name, device)
+
+    def ranks(self) -> dict[str, int | None]:
+        """The rank of each changed tensor's factors; null for tensors that are stored whole."""
+        factors = self.adapter.factors if self.adapter else {}
+        return {
+            name: self.adapter.store.tensors[factors[name].a].shape[0] if self.adapter and name in factors else None for name in self.names
+        }
 
     def check_base(self, found: str, *, base: Path) -> None:
         """Compare the base's hash (see ``weights_hash``) with the one that the trial recorded.
@@ -239,8 +254,10 @@ def _open_lora(folder: Path, *, store: TensorStore, trial: str, tied: frozenset[
         "ranks": sorted({adapter.store.tensors[factors.a].shape[0] for factors in adapter.factors.values()}),
         "scales": sorted({factors.scale for factors in adapter.factors.values()}),
         "full_tensors": sorted(full),
+        "seed": _train_seed(folder),
     }
-    return TaskVector(trial, folder, "lora", names, details, functools.partial(_read_lora, adapter, store))
+    trained = Adapter(adapter.store, adapter.factors, {name: key for name, key in adapter.full.items() if name in full})
+    return TaskVector(trial, folder, "lora", names, details, functools.partial(_read_lora, adapter, store), adapter=trained)
 
 
 def _read_lora(adapter: Adapter, store: TensorStore, name: str, device: str) -> Tensor:
@@ -248,11 +265,24 @@ def _read_lora(adapter: Adapter, store: TensorStore, name: str, device: str) -> 
 
     if name in adapter.full:
         return adapter.store.read(adapter.full[name]).to(device, torch.float32) - store.read(name).to(device, torch.float32)
+    return _low_rank(adapter, name, device).dense()
+
+
+def _low_rank(adapter: Adapter, name: str, device: str) -> LowRank:
+    import torch
+
+    from merging.methods.low_rank import LowRank
+
     factors = adapter.factors[name]
     a, b = (adapter.store.read(key).to(device, torch.float32) for key in (factors.a, factors.b))
-    update = b @ a
-    update = (update.T if factors.transpose else update).contiguous()
-    return update.mul_(factors.scale)
+    return LowRank(a=a, b=b, scale=factors.scale, transpose=factors.transpose)
+
+
+def _train_seed(folder: Path) -> int | None:
+    """The seed that a checkpoint's manifest records, or null."""
+    manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+    train = manifest.get("train") if isinstance(manifest, dict) else None
+    return train.get("seed") if isinstance(train, dict) else None
 
 
 def _open_full(folder: Path, *, store: TensorStore, trial: str) -> TaskVector:
@@ -280,7 +310,7 @@ def _open_full(folder: Path, *, store: TensorStore, trial: str) -> TaskVector:
     if not changed:
         raise InputError("the checkpoint is equal to the base in every tensor", where=where, why="there is nothing to merge")
     dtypes = sorted({saved.tensors[name].dtype for name in changed})
-    details = {"hash": checkpoint_hash(folder), "dtypes": dtypes, "rounded": dtypes != ["F32"]}
+    details = {"hash": checkpoint_hash(folder), "dtypes": dtypes, "rounded": dtypes != ["F32"], "seed": _train_seed(folder)}
     return TaskVector(trial, folder, "full", tuple(changed), details, functools.partial(_read_full, saved, store))
 
 

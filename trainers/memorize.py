@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from trainers.config import Frozen
 from trainers.data.types import ForgetRetain, Kind
@@ -31,6 +31,11 @@ class MemorizeConfig(Frozen):
 
     base: str | None = Field(None, description="model folder to fine-tune; null builds a tiny OLMo from random weights")
     tiny: TinyOlmoConfig = TinyOlmoConfig()
+    sets: tuple[Literal["forget", "retain"], ...] = Field(
+        ("forget", "retain"),
+        description="what is memorised; [retain] builds the twin that never saw the forget set, with the same tokenizer: "
+        "the control of an audit",
+    )
     learning_rate: float = Field(2e-3, gt=0, description="peak; warmed up over 5 % of the steps, then cosine to a tenth")
     num_train_epochs: int = Field(60, ge=1, description="at most; fewer when the thresholds are reached earlier")
     train_batch_tokens: int = Field(1024, ge=16, description="tokens per optimizer step, padding included")
@@ -39,6 +44,13 @@ class MemorizeConfig(Frozen):
     min_general_knowledge: float = Field(0.9, ge=0, le=1, description="share of general-knowledge questions answered right")
     check_every_epochs: int = Field(5, ge=1)
     seed: int = Field(42, ge=0)
+
+    @field_validator("sets")
+    @classmethod
+    def _some_once(cls, sets: tuple[str, ...]) -> tuple[str, ...]:
+        if not sets or len(set(sets)) < len(sets):
+            raise ValueError("must name forget, retain or both, each once")
+        return sets
 
 
 @dataclass(frozen=True)
@@ -65,10 +77,12 @@ class Memorised:
     general_knowledge: float | None
 
     def reached(self, config: MemorizeConfig) -> bool:
-        """Whether every threshold is met."""
+        """Whether every threshold is met, on the sets that were to be memorised."""
+        knowledge = {"forget": self.forget_knowledge, "retain": self.retain_knowledge}
+        regurgitation = {"forget": self.forget_regurgitation, "retain": self.retain_regurgitation}
         return (
-            min(self.forget_knowledge, self.retain_knowledge) >= config.min_knowledge
-            and min(self.forget_regurgitation, self.retain_regurgitation) >= config.min_regurgitation
+            min(knowledge[name] for name in config.sets) >= config.min_knowledge
+            and min(regurgitation[name] for name in config.sets) >= config.min_regurgitation
             and (self.general_knowledge is None or self.general_knowledge >= config.min_general_knowledge)
         )
 
@@ -137,7 +151,7 @@ def memorize(
     say = progress or (lambda text: None)
     started = time.perf_counter()
     tokenizer, engine = _build(config, data=data, general=general, tokenizer_texts=tokenizer_texts)
-    rows = _Rows(tokenizer, data=data, general=general, context=_context(engine))
+    rows = _Rows(tokenizer, data=data, general=general, context=_context(engine), sets=config.sets)
     memorised, epochs = _train(config, engine=engine, rows=rows, say=say)
     with atomic_folder(out) as folder:
         engine.model.lm.save_pretrained(str(folder))
@@ -225,7 +239,15 @@ def _context(engine: Engine) -> int:
 class _Rows:
     """What is trained on, and what memorisation is measured on."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, data: ForgetRetain, general: Sequence[QuestionGroup], context: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        data: ForgetRetain,
+        general: Sequence[QuestionGroup],
+        context: int,
+        sets: Sequence[str] = ("forget", "retain"),
+    ) -> None:
         from trainers.data.encode import EncodedRow, encode_records
 
         self.tokenizer, self.general, self.context = tokenizer, general, context
@@ -237,7 +259,7 @@ class _Rows:
         self.train: list[EncodedRow | PackedRow] = [
             # A document is learnt from its second token on; a question only by its answer.
             EncodedRow(row.row_id, row.input_ids, row.num_prompt if kind is Kind.QUESTION else 1)
-            for name in ("forget", "retain")
+            for name in sets
             for row, kind in zip(self.by_set[name], self.kinds[name], strict=True)
         ]
 

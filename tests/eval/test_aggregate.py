@@ -105,3 +105,86 @@ def test_a_task_without_questions_has_an_undefined_term():
     assert math.isnan(block["aggregated-terms"][1])
     assert math.isnan(block["harmonic-mean-task-aggregate"])
     assert math.isnan(block["aggregate-score"])
+
+
+SCORED = st.lists(
+    st.builds(
+        ScoredRow,
+        task=st.sampled_from(["Task1", "Task2"]),
+        kind=st.sampled_from([Kind.COMPLETION, Kind.QUESTION]),
+        score=st.sampled_from([0.0, 0.1, 1 / 3, 0.7, 1.0]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def same(a: float, b: float) -> bool:
+    return (math.isnan(a) and math.isnan(b)) or abs(a - b) <= 1e-12
+
+
+@given(SCORED, SCORED, st.randoms())
+def test_order_and_copies_of_rows_change_no_key(forget, retain, random):
+    """Copies of all rows, that is: of one row alone they would change the means (next test)."""
+    settings = {"mia_auc": 0.6, "mmlu_average": 0.4}
+    block = official_block(forget=forget, retain=retain, **settings)
+    shuffled = official_block(forget=random.sample(forget, len(forget)), retain=random.sample(retain, len(retain)), **settings)
+    copied = official_block(forget=forget * 3, retain=retain * 2, **settings)
+    for other in (shuffled, copied):
+        assert list(other) == list(block)
+        assert all(map(same, block["aggregated-terms"], other["aggregated-terms"]))
+        assert same(block["aggregate-score"], other["aggregate-score"])
+
+
+def test_a_row_that_is_counted_twice_changes_its_mean():
+    """Scores 0, 1 -> 0.5; 0, 1, 1 -> 2 / 3: why padding copies of several processes would matter."""
+    twice = [*rows(Task1=([0.0, 1.0], [])), *rows(Task1=([1.0], []))]
+    assert set_means(twice).regurgitation == pytest.approx(2 / 3, abs=1e-12)
+
+
+def test_means_add_from_left_to_right():
+    """1e-16 a thousand times, then 1: from the left the small ones count; a compensated or backward sum gives another last digit."""
+    values = [1.0, *[1e-16] * 1000]
+    expected = 0.0
+    for value in values:
+        expected += value
+    assert set_means(rows(Task1=(values, []))).regurgitation == expected / 1001 == 1 / 1001
+    assert math.fsum(values) / 1001 != 1 / 1001
+
+
+def test_no_rows_have_no_means():
+    means = set_means([])
+    assert math.isnan(means.regurgitation)
+    assert math.isnan(means.knowledge)
+    block = official_block(forget=[], retain=[], mia_auc=None, mmlu_average=None)
+    assert block["aggregated-terms"] == []
+    assert math.isnan(block["harmonic-mean-task-aggregate"])
+
+
+def test_a_task_without_a_scored_row_still_has_its_terms():
+    block = official_block(forget=FORGET, retain=RETAIN, mia_auc=0.5, mmlu_average=0.4, retain_tasks=["Task0", "Task1"])
+    assert list(block["retain-set"])[2:] == ["Task0", "Task1", "Task2", "Task3"]
+    assert len(block["aggregated-terms"]) == 14
+    assert math.isnan(block["aggregated-terms"][6])
+    assert math.isnan(block["aggregate-score"])
+    assert not math.isnan(official_block(forget=FORGET, retain=RETAIN, mia_auc=0.5, mmlu_average=0.4)["aggregate-score"])
+
+
+def test_a_zero_is_the_integer_of_the_statistics_module():
+    block = official_block(forget=rows(Task1=([1.0], [0.5])), retain=RETAIN, mia_auc=0.5, mmlu_average=0.3)
+    assert block["harmonic-mean-task-aggregate"] == 0
+    assert isinstance(block["harmonic-mean-task-aggregate"], int)
+    assert block["aggregate-score"] == pytest.approx((0 + 0.3 + 1) / 3, abs=1e-12)
+
+
+def test_a_harmonic_mean_by_hand():
+    """Three terms 1, 1/2, 1/4: reciprocals 1 + 2 + 4 = 7, so 3 / 7."""
+    assert task_aggregate([1.0, 0.5, 0.25]) == pytest.approx(3 / 7, abs=1e-15)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=12), st.floats(0.1, 1))
+def test_the_aggregate_lies_between_its_terms_scales_with_them_and_is_at_most_the_mean(values, factor):
+    aggregate = task_aggregate(values)
+    assert min(values) - 1e-12 <= aggregate <= sum(values) / len(values) + 1e-12
+    assert task_aggregate([factor * value for value in values]) == pytest.approx(factor * aggregate, rel=1e-12)
+    assert task_aggregate(values[::-1]) == aggregate

@@ -77,3 +77,22 @@ def test_a_damaged_report_is_refused(tmp_path, change, message):
     change(path)
     with pytest.raises(InputError, match=message):
         read_report(path)
+
+
+def test_a_number_that_is_none_is_nan_in_memory_and_null_in_the_file(tmp_path):
+    """The benchmark's script writes the bare word NaN, which strict readers of JSON refuse."""
+    write_report(make_report(), tmp_path / "eval.json")
+    text = (tmp_path / "eval.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["official"] == {"aggregated-terms": [0.5, None], "aggregate-score": -1}
+
+
+def test_attack_and_mmlu_come_back_and_older_reports_are_read_without_them(tmp_path):
+    attack = {"auc": 0.5, "standard_error": 0.033, "members": 150, "nonmembers": 150, "not_finite": 0}
+    write_report(make_report(attack=attack, mmlu={"average_acc": 0.25}), tmp_path / "eval.json")
+    loaded = read_report(tmp_path / "eval.json")
+    assert (loaded.attack, loaded.mmlu) == (attack, {"average_acc": 0.25})
+    values = json.loads((tmp_path / "eval.json").read_text())
+    del values["attack"], values["mmlu"]
+    (tmp_path / "eval.json").write_text(json.dumps(values))
+    assert (read_report(tmp_path / "eval.json").attack, read_report(tmp_path / "eval.json").mmlu) == ({}, {})

@@ -68,13 +68,44 @@ def test_every_row_has_the_text_of_a_plain_loop(bench, config):
 def test_decided_questions_are_cut_short_and_score_the_same(bench):
     expected = plain_texts(bench())
     rows = task_rows(run(bench()))
-    assert any(row.get("decided") for row in rows)
+    assert any(row["decided"] for row in rows)
     for row in rows:
-        if row.get("decided"):
+        if row["decided"] and row["kind"] == "qa":
             assert row["score"] == 0.0
             assert exact_match(expected=row["expected"], output=expected[row["id"]]) == 0.0
+        elif row["decided"]:
+            assert row["set"] == "forget", "retain completions are read for degenerate text"
+            assert row["score"] == 1.0 == rouge_l_recall(reference=row["expected"], prediction=expected[row["id"]])
         else:
             assert row["output"] == expected[row["id"]]
+
+
+def without_end(bench):
+    """A model that never says the end token: what it knows by heart it says, and goes on."""
+    end = bench.tokenizer.eos_token_id
+    head = bench.model.get_output_embeddings()
+    bias = torch.zeros(head.weight.shape[0])
+    bias[end] = -1e4
+    head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return bench
+
+
+def test_completions_that_hold_the_whole_reference_stop_in_the_forget_set_only():
+    """A model that lost its end token decodes its forget rows for nothing: their recall is 1 and stays 1."""
+    bench = without_end(build_bench(steps=100))
+    expected = plain_texts(bench)
+    report = run(bench, mmlu=None)
+    rows = [row for row in task_rows(report) if row["kind"] == "sc"]
+    decided = [row for row in rows if row["decided"]]
+    assert len(decided) == 3, "the memorised half of six"
+    for row in decided:
+        assert expected[row["id"]].startswith(row["output"])
+        assert len(row["output"]) < len(expected[row["id"]])
+    official = run(bench, OFFICIAL, mmlu=None)
+    assert not any(row["decided"] for row in task_rows(official))
+    for name in SCORE_NAMES:
+        assert report.scores[name] == pytest.approx(official.scores[name], abs=1e-6), name
+    assert all(row["output"] == expected[row["id"]] for row in rows if row["set"] == "retain")
 
 
 def test_rows_carry_the_scores_of_their_texts():
@@ -96,12 +127,14 @@ def test_official_mode_gives_the_same_scores(bench):
     assert len(official.deviations) < len(fast.deviations)
 
 
-def test_known_answers_are_not_decoded():
-    """The rows that are argmax-correct to the end token are not decoded, and nothing else is skipped."""
+def test_known_and_decided_answers_are_not_decoded():
+    """Not decoded: rows that are argmax-correct to the end token, and questions whose first foreign token is seen in the same pass."""
     report = run(half_trained())
     known = sum(row["matched_fraction"] == 1 for row in task_rows(report))
     assert known == 12, "the memorised half"
-    assert report.counts["decoded_rows"] == 24 - known
+    whole = run(half_trained(), CONFIG.model_copy(update={"stop_decided_questions": False}))
+    assert whole.counts["decoded_rows"] == 24 - known
+    assert report.counts["decoded_rows"] == 24 - known - sum(row["decided"] for row in task_rows(report) if row["kind"] == "qa")
 
 
 def test_batch_size_changes_no_text_and_no_score():
@@ -137,9 +170,10 @@ def test_swapping_members_and_nonmembers_mirrors_the_auc():
 def test_parts_that_were_not_measured_are_null():
     report = run(half_trained(), attack=None, mmlu=None)
     missing = {name for name, value in report.scores.items() if value is None}
-    assert missing == {"mia_auc", "mia_score", "mmlu_average", "final_score"}
+    assert missing >= {"mia_auc", "mia_score", "mmlu_average", "final_score"}
+    assert not missing & {"forget_answer_log_prob", "retain_answer_log_prob", "task_aggregate"}
     assert report.official["aggregate-score"] == -1
-    assert len(report.notes) == 2
+    assert sum("the official aggregate-score is -1" in note for note in report.notes) == 2
 
 
 def test_rows_of_unknown_kind_are_counted_and_left_out():
@@ -212,14 +246,14 @@ def test_reports_survive_their_files_and_can_be_paired(tmp_path):
     assert found["retention"]["low"] > 0
     assert a.rows[0].keys() == {
         *("part", "set", "id", "document", "task", "kind", "input", "expected", "output", "score"),
-        *("answer_log_prob", "num_tokens", "token_accuracy", "matched_fraction"),
+        *("answer_log_prob", "num_tokens", "token_accuracy", "matched_fraction", "extraction_strength", "decided"),
     }
 
 
 def test_progress_is_told_about_every_part():
     said = []
     run(half_trained(), progress=said.append)
-    assert [line.split(":")[0] for line in said] == ["forget", "retain", "12 of 24 answers decoded", "membership attack", "MMLU"]
+    assert [line.split(":")[0] for line in said] == ["forget", "retain", "6 of 24 answers decoded", "membership attack", "MMLU"]
 
 
 def test_an_attack_document_of_one_token_is_noted():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eval.forgetting import Verdict, VerdictThresholds, alive, classify, rank_key
+from eval.report import SCORE_NAMES
 
 BASELINE = {
     "mia_auc": 0.98,
@@ -82,3 +85,70 @@ def test_where_the_task_aggregate_is_zero_for_everybody_forgetting_and_retention
     even = {"final_score": 0.3, "forgetting": 0.5, "retention": 0.8}
     lopsided = {"final_score": 0.3, "forgetting": 0.9, "retention": 0.1}
     assert rank_key(verdict="balanced", scores=even) > rank_key(verdict="balanced", scores=lopsided)
+
+
+ANY_SCORES = st.dictionaries(
+    st.sampled_from(SCORE_NAMES), st.none() | st.floats(0, 1) | st.sampled_from([float("nan"), float("inf"), -float("inf"), -9.5])
+)
+LIVING = st.sampled_from([verdict for verdict in Verdict if verdict is not Verdict.DEAD])
+
+
+@given(LIVING, ANY_SCORES, ANY_SCORES)
+def test_no_scores_lift_a_dead_model_above_a_live_one(verdict, live, dead):
+    """Missing scores, NaN and infinity among them."""
+    assert rank_key(verdict=verdict, scores=live) > rank_key(verdict=Verdict.DEAD, scores=dead)
+    assert rank_key(verdict=str(verdict), scores=live) == rank_key(verdict=verdict, scores=dict(live))
+
+
+@given(st.lists(st.tuples(st.sampled_from(Verdict), ANY_SCORES), max_size=8))
+def test_sorting_by_the_key_puts_all_dead_models_last(models):
+    ranked = sorted(models, key=lambda model: rank_key(verdict=model[0], scores=model[1]), reverse=True)
+    flags = [alive(verdict) for verdict, _ in ranked]
+    assert flags == sorted(flags, reverse=True)
+
+
+@given(ANY_SCORES, ANY_SCORES)
+def test_every_model_gets_one_verdict_with_reasons(scores, baseline):
+    judgement = classify(scores=scores, baseline=baseline)
+    assert judgement.verdict in Verdict
+    assert judgement.reasons
+    assert all(isinstance(reason, str) and reason for reason in judgement.reasons)
+
+
+@given(ANY_SCORES)
+def test_lost_retention_is_death_whatever_else_a_model_scores(scores):
+    """0.25 x 0.9 = 0.225."""
+    assert classify(scores={**scores, "retention": 0.2}, baseline=BASELINE).verdict is Verdict.DEAD
+
+
+@given(ANY_SCORES)
+def test_loops_are_death_whatever_else_a_model_scores(scores):
+    assert classify(scores={**scores, "degenerate_rate": 0.51}, baseline=BASELINE).verdict is Verdict.DEAD
+
+
+WITHOUT_ATTACK = {"mia_auc": None, "forgetting": 0.7, "retention": 0.5}
+EVERY_THRESHOLD = [
+    ("untouched_forgetting", {"forgetting": 0.2}, 0.1, 0.2),
+    ("untouched_auc", {"mia_auc": 0.9}, 0.05, 0.1),
+    ("balanced_halfwidth", {"forgetting": 0.6, "mia_auc": 0.6}, 0.05, 0.2),
+    ("dead_retention", {"retention": 0.5, "mia_auc": 0.4}, 0.5, 0.6),
+    ("dead_mmlu", {"mmlu_average": 0.24, "retention": 0.4, "mia_auc": 0.4}, 0.4, 0.6),
+    ("dead_mmlu_retention", {"mmlu_average": 0.2, "retention": 0.4, "mia_auc": 0.4}, 0.4, 0.6),
+    ("dead_degenerate_rate", {"degenerate_rate": 0.4, "mia_auc": 0.4}, 0.5, 0.3),
+    ("over_retention", WITHOUT_ATTACK, 0.5, 0.6),
+    ("under_forgetting", {"mia_auc": None, "forgetting": 0.4}, 0.3, 0.5),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "value", "other"), EVERY_THRESHOLD)
+def test_every_threshold_decides_something(name, changes, value, other):
+    """The same scores, two values of one threshold, two verdicts."""
+    first, second = (
+        classify(scores={**BASELINE, **changes}, baseline=BASELINE, thresholds=VerdictThresholds(**{name: limit})).verdict
+        for limit in (value, other)
+    )
+    assert first is not second
+
+
+def test_the_table_of_thresholds_is_complete():
+    assert {name for name, *_ in EVERY_THRESHOLD} == set(VerdictThresholds.model_fields)

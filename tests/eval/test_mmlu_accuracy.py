@@ -95,6 +95,89 @@ def test_the_models_context_limits_prompts_too():
         run(build_bench(steps=0, context=64))
 
 
+def fixed_logits(**by_letter: float):
+    """A tiny model in bfloat16 that gives the letters the same logits after every prompt, and all other tokens 0."""
+    bench = build_bench(steps=0)
+    head = bench.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.zero_()
+        bias = torch.zeros(head.weight.shape[0])
+        for letter, logit in by_letter.items():
+            bias[bench.tokenizer(f" {letter}")["input_ids"][-1]] = logit
+        head.bias = torch.nn.Parameter(bias)
+    bench.model.bfloat16()
+    return bench
+
+
+def letters_of(result) -> set[str]:
+    return {answer.letter for answer in result.answers}
+
+
+def test_probabilities_that_tie_in_bfloat16_go_to_the_first_letter():
+    """B and C have logits 0 and 2 ** -9, A and D -4, the 416 other tokens 0: B and C have shares of 1 / 418.04 = 156.77 / 2 ** 16 and
+    157.07 / 2 ** 16, and bfloat16 holds integers over 2 ** 16 there: 157 for both."""
+    close = fixed_logits(A=-4.0, B=0.0, C=2**-9, D=-4.0)
+    assert letters_of(run(close)) == letters_of(run(close, official=True)) == {"B"}
+    close.model.float()
+    assert letters_of(run(close)) == {"C"}, "in float32 the same logits do not tie"
+
+
+def test_a_tie_of_all_letters_is_an_a():
+    assert letters_of(run(fixed_logits())) == {"A"}
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_the_head_runs_on_one_position_per_question_and_examples_run_once(official, monkeypatch):
+    """Positions that pass the decoder: with shared examples less than half of those of whole prompts."""
+    positions, heads = [], []
+    split = module.split_model
+
+    class Counting:
+        def __init__(self, inner) -> None:
+            self.inner = inner
+
+        def run(self, *, ids_BT, **rest):
+            positions.append(ids_BT.numel())
+            return self.inner.run(ids_BT=ids_BT, **rest)
+
+        def logits(self, states_NX):
+            heads.append(len(states_NX))
+            return self.inner.logits(states_NX)
+
+    monkeypatch.setattr(module, "split_model", lambda model, *, device: Counting(split(model, device=device)))
+    bench = untrained()
+    run(bench, official=official, batch_tokens=100_000)
+    assert sum(heads) == len(DATA.questions)
+    prompts = [module.fit_prompt(q, data=DATA, tokenizer=bench.tokenizer, shots=3, limit=512) for q in DATA.questions]
+    whole = sum(len(prompt.ids) for prompt in prompts)
+    if official:
+        assert sum(positions) == whole
+        assert len(positions) == len(prompts)
+    else:
+        assert sum(positions) < whole / 2
+        assert len(positions) == 4, "per subject once the examples, once all questions"
+
+
+def test_official_mode_reads_none_as_nan():
+    """Ten published questions have such a choice; the letter may change with the prompt."""
+    none = [Question("maps", row, f"Where in {row}?", ("Oslo", "None", "Lima", "Quito"), "B") for row in range(1, 30)]
+    nan = [Question("maps", q.row, q.question, ("Oslo", "nan", "Lima", "Quito"), "B") for q in none]
+    as_none, as_nan = (MmluData(dev={"maps": tuple(rows[:2])}, test={"maps": tuple(rows[2:])}) for rows in (none, nan))
+    official = [answer.letter for answer in run(untrained(), as_none, official=True).answers]
+    assert official == [answer.letter for answer in run(untrained(), as_nan).answers]
+    assert official != [answer.letter for answer in run(untrained(), as_none).answers]
+
+
+def test_groups_hold_mmlus_own_subjects_only():
+    known = Question("anatomy", 1, "?", ("a", "b", "c", "d"), "A")
+    result = module.MmluResult((module.MmluAnswer(known, "A", 5), module.MmluAnswer(question("maps", 2), "D", 5)))
+    metrics = result.metrics()
+    assert metrics["average_acc"] == 0.5
+    assert (metrics["subcat_acc"], metrics["cat_acc"]) == ({"health": 1.0}, {"other (business, health, misc.)": 1.0})
+    assert metrics["subject_acc"] == {"anatomy": 1.0, "maps": 0.0}
+    assert metrics["subject_questions"] == {"anatomy": 1, "maps": 1}
+
+
 def test_letters_that_share_a_token_are_refused():
     class Blind:
         def __call__(self, text, **_):

@@ -1,15 +1,19 @@
-"""Scoring given answers in padded batches."""
+"""Scoring given answers in batches, packed or padded."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+import eval.teacher_forced as module
 from eval.forward import split_model
-from eval.teacher_forced import document_losses, score_rows
-from tests.helpers.eval_models import build_bench, half_trained
+from eval.row_cache import NAME
+from eval.teacher_forced import TokenScores, document_losses, row_score, score_rows, token_scores
+from tests.helpers.eval_models import build_bench, half_trained, untrained
 from trainers.data.encode import EncodedRow, encode_records
 from trainers.data.types import Document
 from trainers.errors import InputError
@@ -43,6 +47,126 @@ def test_scores_agree_with_a_plain_loop():
         assert (actual.row_id, actual.num_tokens, actual.num_matched) == (row.row_id, len(correct), prefix)
         assert actual.token_accuracy == pytest.approx(sum(correct) / len(correct), abs=1e-12)
         assert actual.all_correct == all(correct)
+
+
+@pytest.fixture
+def padded(monkeypatch):
+    """Score as for an architecture that cannot attend to packed rows."""
+    monkeypatch.setattr(module, "split_model", lambda *given, **named: replace(split_model(*given, **named), packs=False))
+
+
+def uneven(bench):
+    """Rows whose longest is 20 times the shortest."""
+    return [replace(row, input_ids=row.input_ids * (1 + 5 * (index % 3))) for index, row in enumerate(encoded(bench))]
+
+
+@pytest.mark.parametrize("bench", [untrained, half_trained])
+def test_packed_scores_agree_with_a_plain_loop_over_uneven_rows(bench):
+    check_uneven(bench())
+
+
+@pytest.mark.usefixtures("padded")
+def test_padded_scores_agree_with_a_plain_loop_over_uneven_rows():
+    check_uneven(half_trained())
+
+
+def check_uneven(bench):
+    rows = uneven(bench)
+    for row, actual in zip(rows, score(bench, rows), strict=True):
+        total, correct = plain_score(bench.model, row)
+        assert -actual.answer_log_prob / actual.num_tokens == pytest.approx(-total / len(correct), abs=1e-5)
+        assert actual.num_matched == (correct.index(False) if False in correct else len(correct))
+
+
+@pytest.mark.parametrize("wrong", ["position", "neighbour"])
+def test_wrong_positions_or_rows_that_see_their_neighbours_change_the_scores(monkeypatch, wrong):
+    """Negative controls: positions two apart (a common shift would change nothing); all rows attending as if they were one."""
+    bench = untrained()
+    rows = uneven(bench)
+    expected = score(bench, rows)
+    pack = module.pack
+
+    def spoiled(*given, **named):
+        batch = pack(*given, **named)
+        if wrong == "position":
+            return replace(batch, position_ids_S=2 * batch.position_ids_S)
+        one = type(batch.groups[0])(1, len(batch.input_ids_S))
+        return replace(batch, groups=(one,), spread_X=None, restore_S=None)
+
+    monkeypatch.setattr(module, "pack", spoiled)
+    apart = [abs(a.answer_log_prob - b.answer_log_prob) for a, b in zip(score(bench, rows), expected, strict=True)]
+    assert max(apart) > 0.1
+
+
+def test_nothing_is_padded():
+    """Every position of a packed pass is a real token."""
+    bench = half_trained()
+    seen = []
+    hook = bench.model.model.register_forward_pre_hook(
+        lambda module, given, named: seen.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        score(bench, uneven(bench), batch_tokens=700)
+    finally:
+        hook.remove()
+    real = sum(len(row.input_ids) for row in uneven(bench))
+    probes = 2 + 2 + 5 + 3 + 2  # what the split and packing are tried with
+    assert sum(seen) == real + probes
+
+
+def test_scoring_leaves_the_models_attention_as_it_was():
+    bench = build_bench(steps=0)
+    before = bench.model.config._attn_implementation
+    score(bench, encoded(bench))
+    assert bench.model.config._attn_implementation == before != NAME
+
+
+def hand_made(correct):
+    flags = np.array(correct, dtype=bool)
+    return row_score(TokenScores("r", np.full(len(flags), -1.0), flags, argmax_N=np.arange(len(flags)) + 50))
+
+
+@pytest.mark.parametrize(
+    ("correct", "strength", "next_token"),
+    [
+        ([1, 1, 1, 1, 1], 1.0, None),
+        ([1, 1, 1, 1, 0], 1.0, 54),
+        ([0, 1, 1, 1, 1], 0.75, 50),
+        ([1, 1, 0, 1, 1], 0.25, 52),
+        ([1, 1, 1, 0, 1], 0.0, 53),
+        ([0, 0, 0, 0, 0], 0.0, 50),
+    ],
+)
+def test_extraction_strength_by_hand(correct, strength, next_token):
+    """1 - k/4 of four tokens and the end: with the third wrong a prefix of k = 3 makes the rest come out; a wrong last one leaves nothing.
+
+    A wrong end token takes nothing away.
+    """
+    score = hand_made(correct)
+    assert score.extraction_strength == strength
+    assert score.next_token == next_token
+
+
+def test_extraction_strength_is_that_of_the_definition():
+    """The shortest prefix, found by trying all of them."""
+    bench = half_trained()
+    values = []
+    for row, actual in zip(encoded(bench), score(bench, encoded(bench)), strict=True):
+        correct = plain_score(bench.model, row)[1][:-1]
+        k = next(k for k in range(len(correct) + 1) if all(correct[k:]))
+        values.append(1 - k / len(correct))
+        assert actual.extraction_strength == pytest.approx(values[-1], abs=1e-12)
+    assert min(values) <= 0.5 < max(values) == 1.0
+
+
+def test_the_argmax_of_every_token_is_told():
+    bench = half_trained()
+    rows = encoded(bench)[:4]
+    found = token_scores(model=bench.model, tokenizer=bench.tokenizer, rows=rows, batch_tokens=500, device="cpu")
+    for row, scores in zip(rows, found, strict=True):
+        with torch.no_grad():
+            best = bench.model(torch.tensor([row.input_ids])).logits[0].argmax(-1)
+        assert scores.argmax_N.tolist() == [int(best[place - 1]) for place in row.scored]
 
 
 def test_the_half_trained_model_knows_some_rows_and_not_others():

@@ -249,6 +249,7 @@ def results(run: Path) -> dict[str, Any]:
         entry = {"name": name, "role": role, "label": label, "verdict": verdict, "path": path, "difference_to_best_parent": None}
         return entry | {key: report[key] for key in ("scores", "intervals", "terms")}
 
+    best = read_json(run / "pairs.json")["best_merge"]
     models = [
         model("baseline", "baseline", "before unlearning", "untouched", "baseline"),
         model("trial-03", "parent_over", "forgets more", "over-forgetting", "trials/trial-03"),
@@ -288,7 +289,8 @@ def results(run: Path) -> dict[str, Any]:
             "memorised": {"forget": {"knowledge": 0.97, "regurgitation": 0.99}, "retain": {"knowledge": 0.98, "regurgitation": 0.99}},
         },
         "models": models,
-        "pair": {"over": "trial-03", "under": "trial-06", "method": "ties", "density": 0.2, "scale": 1.342, "weights": [1, 1]},
+        "pair": {"over": best["over"], "under": best["under"]}
+        | {key: best["config"][key] for key in ("method", "density", "scale", "weights")},
         "trials": trials,
         "timings": {"memorize": 31.0, "trials": 190.5, "merge": 22.0},
         "warnings": ["MMLU was asked of 20 questions only"],
@@ -297,8 +299,9 @@ def results(run: Path) -> dict[str, Any]:
 
 def pairs() -> dict[str, Any]:
     """What the real pair search writes, fed with made-up measurements: AUC falls with scale and density."""
+    from merging.cheap import CheapScores
     from merging.config import MergeConfig, PairConfig
-    from merging.pairs import Candidate, CheapScores
+    from merging.pairs import Candidate
     from merging.search import search_pairs
 
     def candidate(name: str) -> Candidate:
@@ -307,23 +310,38 @@ def pairs() -> dict[str, Any]:
         parts = tuple(term_values(forgetting=forgetting, retention=retention))
         return Candidate(name=name, checkpoint=Path(name), scores=values, verdict=verdict, terms=parts, content_hash=name)
 
-    def auc_of(pair: Any, config: Any) -> float:
-        middle = (pair.over.scores["mia_auc"] + pair.under.scores["mia_auc"]) / 2
-        return max(0.0, min(1.0, middle + 0.06 + 0.3 * (0.8 - config.density) - 0.6 * (config.scale - 1)))
+    def auc_of(merge: Any) -> float:
+        middle = sum(VERDICTS[name][3] for name in merge.trials) / len(merge.trials)
+        return max(0.0, min(1.0, middle + 0.06 + 0.3 * (0.8 - merge.config.density) - 0.6 * (merge.config.scale - 1)))
 
-    def cheap(pair: Any, config: Any) -> CheapScores:
-        auc = auc_of(pair, config)
-        return CheapScores(forget_token_accuracy=0.2, retain_token_accuracy=0.85, mia_auc=auc, mia_score=1 - 2 * abs(auc - 0.5))
+    class Invented:
+        num_examples = 60
+        attack_size = None
 
-    def full(pair: Any, config: Any, name: str) -> dict[str, float | None]:
-        good = pair.over.name == "trial-03" and config.method == "ties"
-        return scores(forgetting=0.89 if good else 0.75, retention=0.85 if good else 0.8, auc=auc_of(pair, config))
+        def __init__(self) -> None:
+            self.cost = {"examples": 0, "merges": 0, "full": 0, "rows_generated": 0}
+
+        def cheap(self, merges: Any, *, stop: int) -> list[Any]:
+            self.cost["merges"] += len(merges)
+            self.cost["examples"] += stop * len(merges)
+            return [self.one(merge) for merge in merges]
+
+        def one(self, merge: Any) -> CheapScores:
+            auc, good = auc_of(merge), 0.1 * (merge.trials == ("trial-03", "trial-06") and merge.config.method == "ties")
+            return CheapScores(0.2, 0.85, auc, 1 - 2 * abs(auc - 0.5), task_aggregate=0.7 + good, mmlu_average=0.5, retention=0.8)
+
+        def full(self, merges: Any) -> list[Any]:
+            self.cost["full"] += len(merges)
+            found = []
+            for merge in merges.values():
+                good = merge.trials == ("trial-03", "trial-06") and merge.config.method == "ties"
+                found.append(scores(forgetting=0.89 if good else 0.75, retention=0.85 if good else 0.8, auc=auc_of(merge)))
+            return found
 
     return search_pairs(
         candidates=[candidate(name) for name in VERDICTS],
         baseline_scores=scores(forgetting=0.03, retention=0.99, auc=1.0),
-        measure_cheap=cheap,
-        measure_full=full,
-        config=PairConfig(max_pairs=2),
+        measurements=Invented(),
+        config=PairConfig(finalists=1, densities=(0.2, 0.8), shares=(0.5,), scale_bounds=(0.5, 2.0)),
         merge=MergeConfig(),
     ).to_json()

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from eval.forgetting import Verdict, classify
 from launcher.cli import main
 from tests.helpers.bad_commands import Case, also, evaluate, in_used_run, merge, run, validate, with_mia, with_mmlu, with_splits
-from tests.helpers.bad_input import Place, World, make_world, rows, snapshot
+from tests.helpers.bad_input import Place, World, edit_tensors, make_world, rows, snapshot
 from tests.integration.bad_configuration import CONFIGURATION, RESOURCES, USAGE
 from tests.integration.bad_data import BENCHMARKS, DATA, F
+from tests.integration.bad_evaluations import EVALUATIONS
 from tests.integration.bad_folders import QUICKSTART, RUN_FOLDERS
 from tests.integration.bad_models import MERGE, MODELS
+from trainers.files import read_json
 
-CASES = [*CONFIGURATION, *RESOURCES, *USAGE, *DATA, *BENCHMARKS, *QUICKSTART, *RUN_FOLDERS, *MODELS, *MERGE]
+CASES = [*CONFIGURATION, *RESOURCES, *USAGE, *DATA, *BENCHMARKS, *QUICKSTART, *RUN_FOLDERS, *MODELS, *EVALUATIONS, *MERGE]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,42 @@ def test_what_could_be_a_hub_id_is_told_at_once_without_a_network(
 
 
 # ---- what looks odd and is not wrong
+
+
+def test_rows_of_unknown_kind_among_others_are_counted_and_told(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """``sc10`` has two digits: the benchmark's rule reads neither sc nor qa in it."""
+    odd = [row | {"id": f"odd{number}sc10", "task": "Task1"} for number, row in enumerate(rows("x")[:3])]
+    place.lume(forget=[*rows("f"), *odd])
+    out = place.folder / "eval.json"
+    code, _, err = unlearn(capsys, "eval", "--model", str(place.world.target), "--data", "lume", "--out", str(out), "--max-new-tokens", "2")
+    assert (code, "input error" in err) == (0, False)
+    report = read_json(out)
+    assert report["counts"]["skipped_rows"] == 3
+    assert any(note.startswith("3 rows are neither completions nor questions") for note in report["notes"])
+    assert report["official"]["aggregate-score"] == -1
+    assert sum("the official aggregate-score is -1" in note for note in report["notes"]) == 2
+
+
+@pytest.mark.parametrize("options", [(), ("--official",)], ids=["default", "official"])
+def test_a_model_that_diverged_with_finite_weights_has_a_result(
+    options: tuple[str, ...], place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights of 1e30 overflow in the first layer: no loss is a number. The benchmark's script stops; here the report says so."""
+    model = place.model(change=lambda m: edit_tensors(m / "model.safetensors", lambda t: [value.fill_(1e30) for value in t.values()]))
+    place.lume()
+    place.mia()
+    place.mmlu()
+    out = place.folder / "eval.json"
+    arguments = ["--model", model, "--data", "lume", "--mia", "mia", "--mmlu", "mmlu", "--out", str(out), "--max-new-tokens", "2"]
+    code, _, err = unlearn(capsys, "eval", *arguments, *options)
+    assert code == 0, err
+    report = read_json(out)
+    assert (report["scores"]["forget_answer_log_prob"], report["scores"]["retain_answer_log_prob"]) == (None, None)
+    assert (report["official"]["mia_loss_acc"], report["attack"]["not_finite"]) == (0.5, 8), "all documents tie"
+    assert isinstance(report["official"]["aggregate-score"], float)
+    assert any("the script stops there and writes no result" in text for text in report["deviations"])
+    assert any("log-probability that is not finite" in note for note in report["notes"])
+    assert classify(scores=report["scores"], baseline={"forget_answer_log_prob": -1.0}).verdict is Verdict.DEAD
 
 
 ODD_IDS = [

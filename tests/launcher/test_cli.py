@@ -18,7 +18,7 @@ from launcher.cli import expand_weights, main
 from launcher.templates import template_names
 from trainers.errors import RunError, SetupError
 
-COMMANDS = ["quickstart", "doctor", "init", "validate", "memorize", "train", "sweep", "merge", "eval", "report", "status"]
+COMMANDS = ["quickstart", "doctor", "init", "validate", "memorize", "train", "sweep", "merge", "eval", "audit", "report", "status"]
 VALID = "name: x\nmodel: {model_name_or_path: m}\ndata: {path: d}\n"
 
 
@@ -77,7 +77,6 @@ def test_help_lists_every_command() -> None:
     done = unlearn("--help")
     assert done.returncode == 0
     assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
-    assert "audit" not in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -99,6 +98,7 @@ def test_every_command_has_a_purpose_and_an_example(capsys: pytest.CaptureFixtur
         ("sweep", ["--dry-run", "--resume", "--no-resume"]),
         ("merge", ["--base", "--trial", "--out", "--method", "--density", "--scale", "--weights"]),
         ("eval", ["--model", "--data", "--mia", "--mmlu", "--max-new-tokens", "--official", "--out"]),
+        ("audit", ["--model", "--base", "--data", "--out", "--never-seen", "--mia", "--mmlu", "--attacks", "--documents", "--seed"]),
     ],
 )
 def test_options_are_the_documented_ones(capsys: pytest.CaptureFixture[str], command: str, options: list[str]) -> None:
@@ -227,6 +227,7 @@ def test_commands_hand_their_arguments_to_the_stages(
     assert validated["resolved"] is True
     assert evaluated == {
         "model": Path("m"), "data": Path("d"), "mia": Path("i"), "mmlu": None, "max_new_tokens": 8, "official": True, "out": Path("e.json"),
+        "processes": 1,
     }  # fmt: skip
     assert quick == {"out": Path("runs/quickstart"), "data": None, "mia": None, "mmlu": None, "documents": None, "seed": 42}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.console import Console, Eta, duration, number, settings, summary_lines
+from launcher.console import Console, Eta, duration, number, progress_lines, settings, summary_lines
 from tests.helpers.run_folder import build_finished
 from trainers.files import read_json
 
@@ -148,3 +148,17 @@ def test_settings_use_short_names_unless_they_would_clash() -> None:
     assert settings({"a.seed": 1, "b.seed": 2}) == "a.seed=1, b.seed=2"
     assert number(None) == "-"
     assert number(0.12345) == "0.123"
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [(io.StringIO(), "third\n"), (Terminal(), "\r\x1b[Ksecond\r\x1b[Kthird\r\x1b[K")],
+    ids=["log: a line every half minute", "terminal: one line, rewritten and removed"],
+)
+def test_progress_is_shown_now_and_then(stream: io.StringIO, expected: str) -> None:
+    """Told after 0.1, 1 and 31 s."""
+    times = iter((0.0, 0.1, 1.0, 1.0, 31.0, 31.0) if stream.isatty() else (0.0, 0.1, 1.0, 31.0, 31.0))
+    with progress_lines(stream, clock=lambda: next(times)) as show:
+        for text in ("first", "second", "third"):
+            show(text)
+    assert stream.getvalue() == expected

@@ -21,7 +21,7 @@ from tests.helpers.run_folder import LOG_LINES, build_finished, build_running
 from trainers.errors import InputError
 from trainers.files import read_json, write_json, write_text
 
-SECTIONS = ("tradeoff", "scores", "terms", "pair", "trials", "curves", "generations", "glossary", "provenance")
+SECTIONS = ("tradeoff", "scores", "verdicts", "terms", "pair", "trials", "curves", "generations", "glossary", "provenance")
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 
 
@@ -272,6 +272,22 @@ def test_the_pair_view_reads_what_the_search_writes(finished: Path) -> None:
     assert min(aucs) < 0.5 < max(aucs)
     assert scale["chosen"] is not None
     assert (finished / "plots" / "merge_scale.svg").exists()
+
+
+def test_the_pair_section_shows_what_a_merge_is_compared_with(finished: Path) -> None:
+    """Every control with its label, and what everything cost; the linear mean also has a final score on the test fold."""
+    data = read_run(finished)
+    view = pair_view(data)
+    labels = [row["label"] for row in view["controls"]]
+    assert {"linear mean of both parents", "trial-03 alone, scaled towards AUC 0.5", "trial-06 alone, scaled towards AUC 0.5"} < set(labels)
+    text = render(data, plots={})
+    assert all(label in text for label in labels)
+    assert view["cost"] is not None
+    assert view["cost"] in text
+    linear = next(row for row in view["controls"] if row["label"].startswith("linear"))
+    assert linear["final"] == next(model for model in data.models if model["name"] == "linear")["scores"]["final_score"]
+    data.pairs.pop("controls")
+    assert "linear mean of both parents" not in render(data, plots={}).partition("What a merge has to be better than")[2]
 
 
 def test_secrets_never_reach_the_page(fresh: Callable[[], Path]) -> None:

@@ -127,6 +127,16 @@ def test_the_sentence_says_what_lies_in_merged_where_that_is_no_merge() -> None:
     assert sentence(difference=None, delivered="ties", final=None) == "The TIES merge of trial-03 and trial-06."
 
 
+def test_the_sentence_tells_a_merge_within_noise_from_one_that_is_behind() -> None:
+    models: list[dict[str, Any]] = [{"role": "merged", "scores": {"final_score": 0.6}, "difference_to_best_parent": None}]
+    facts = {"reason": None, "pair_names": "trial-03 and trial-06"}
+    noisy, behind = (
+        verdict_sentence(pairs=facts | {"ahead": ahead}, models=models, delivered="scaled-trial-06") for ahead in (True, False)
+    )
+    assert "the merge's gain was within noise, so scaled-trial-06 is the model in merged/" in noisy
+    assert "scaled-trial-06 did better, so scaled-trial-06 is the model in merged/" in behind
+
+
 def test_results_are_written_and_read_back(tmp_path: Path) -> None:
     write_results(tmp_path, {"name": "x", "value": float("nan")})
     assert read_results(tmp_path) == {"name": "x", "value": None}

@@ -223,3 +223,35 @@ def test_a_manifest_without_a_target_hash_is_accepted(base, lora, tmp_path):
     folder = _copy(lora, tmp_path / "trial")
     write_json(folder / "manifest.json", {})
     assert open_task_vector(base=base, trial=folder).names
+
+
+def test_the_factors_multiply_to_the_update(base, tmp_path):
+    """Bit for bit, because the update is their product; also transposed, as in an embedding. A full tensor has none."""
+    folder = write_lora(tmp_path / "trial", base=base, seed=3, r=3, lora_alpha=5, targets=["embed_tokens", "k_proj"])
+    vector = open_task_vector(base=base, trial=folder)
+    for name in vector.names:
+        factors = vector.factors(name)
+        assert torch.equal(factors.dense(), vector.update(name))
+        torch.testing.assert_close(factors.left @ factors.right, vector.update(name), rtol=1e-5, atol=1e-8)
+        assert (factors.rank, factors.transpose) == (3, "embed" in name)
+    assert set(vector.ranks().values()) == {3}
+    full = open_task_vector(base=base, trial=write_full(tmp_path / "full", base=base, seed=2, only="mlp"))
+    assert full.factors(full.names[0]) is None
+    assert set(full.ranks()) == set(full.names)
+    assert set(full.ranks().values()) == {None}
+
+
+def test_a_module_saved_whole_counts_as_changed_only_if_it_was_trained(base, tmp_path):
+    folder = write_lora(tmp_path / "trial", base=base, seed=3, targets=["q_proj"], modules_to_save=["lm_head"])
+    assert None not in open_task_vector(base=base, trial=folder).ranks().values()
+    _edit_tensors(folder, "adapter_model.safetensors", lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
+    vector = open_task_vector(base=base, trial=folder)
+    assert vector.ranks()["lm_head.weight"] is None
+    assert vector.factors("lm_head.weight") is None
+
+
+@pytest.mark.parametrize(("manifest", "seed"), [({"train": {"seed": 7}}, 7), ({"train": {}}, None), ({}, None)])
+def test_the_record_tells_the_seed_of_the_trial(base, lora, tmp_path, manifest, seed):
+    folder = _copy(lora, tmp_path / "trial")
+    write_json(folder / "manifest.json", manifest)
+    assert open_task_vector(base=base, trial=folder).describe()["seed"] == seed
