@@ -214,6 +214,12 @@ def per_seed(outcomes: Sequence[Outcome]) -> Table:
         rivals = [f"{one.rivals[name]:.3f}" if name in one.rivals else "–" for name in RIVALS]
         merge = "–" if one.merge is None else f"{one.merge:.3f}"
         rows.append((str(one.seed), merge, *rivals, f"{one.delivered[1]:.3f} ({one.delivered[0]})", one.name))
+    known = [one for one in outcomes if one.merge is not None and set(one.rivals) == set(RIVALS)]
+    if known:
+        means = [statistics.mean(one.merge or 0.0 for one in known)]
+        means += [statistics.mean(one.rivals[name] for one in known) for name in RIVALS]
+        means.append(statistics.mean(one.delivered[1] for one in known))
+        rows.append(("mean", *(f"{value:.3f}" for value in means), ""))
     columns = ("seed", "best merge", "better parent", "(a)", "(b)", "(c)", "(d)", "delivered", "the merge")
     return Table(columns, rows, title="Final scores on the test fold")
 
@@ -287,6 +293,7 @@ def main() -> None:
             reading=[
                 "Final score: mean of task aggregate, membership score and MMLU on the test fold; selection reads the validation fold.",
                 "Clearly: the paired bootstrap interval over a seed's documents does not hold 0.",
+                "The better parent is the one that is better on the test fold.",
                 "Delivered is what the run hands out: the merge only where its gain over the best single checkpoint was clear of noise on "
                 "the validation fold.",
                 "Regret: best estimated objective of the grid minus that of a search among the same checkpoints, without generation on the "

@@ -35,7 +35,7 @@ class _Model:
 
     def identity(self) -> dict[str, Any]:
         """Where it lies and which weights it has."""
-        from trainers.memorize import weights_hash
+        from trainers.files import weights_hash
 
         found = {"path": str(self.path), "checkpoint": str(self.checkpoint), "weights_hash": weights_hash(self.checkpoint)}
         return found if self.base == self.checkpoint else found | {"base": str(self.base), "base_weights_hash": weights_hash(self.base)}
@@ -178,7 +178,7 @@ def _check_alike(models: Mapping[Role, _Model]) -> Any:
         InputError: if a model differs from the target in vocabulary or architecture, or is the adapter of another target.
     """
     from eval.audit.runner import Role
-    from trainers.memorize import weights_hash
+    from trainers.files import weights_hash
     from trainers.modeling import load_model_config, load_tokenizer
 
     target = models[Role.BEFORE]

@@ -258,8 +258,8 @@ def _forget_scores(folder: Path) -> None:
 
 
 def _is_lost(line: Mapping[str, Any], *, run: Path) -> bool:
-    value = line["value"]
-    return isinstance(value, dict) and not (report_folder(run, line["key"]) / FOLD_FILES[FOLD]).exists()
+    value = line.get("value")
+    return value is None or (isinstance(value, dict) and not (report_folder(run, line["key"]) / FOLD_FILES[FOLD]).exists())
 
 
 def _read_report(path: Path) -> LoadedReport:

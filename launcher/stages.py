@@ -20,9 +20,9 @@ from launcher.scoring import evaluate_folder
 from launcher.search_space import SearchSpace, TrialSpec, draw_trials
 from launcher.trial import trial_inputs, write_plan
 from trainers.errors import InputError, RunError
-from trainers.files import check_output_file, read_json, sha256_json, write_json, write_text
+from trainers.files import check_output_file, read_json, sha256_json, weights_hash, write_json, write_text
 from trainers.memorize import MANIFEST as TARGET_MANIFEST
-from trainers.memorize import memorize, weights_hash
+from trainers.memorize import memorize
 
 
 def plan_sweep(experiment: LoadedExperiment) -> tuple[tuple[TrialSpec, ...], ResourcePlan]:

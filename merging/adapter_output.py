@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from merging.config import MergeConfig
 from merging.merge import MANIFEST, SCHEMA_VERSION, check_out_apart, check_request, merge_notes
-from merging.task_vectors import TaskVector, open_task_vector, weights_hash
+from merging.task_vectors import TaskVector, open_task_vector
 from merging.tensor_store import open_base
 from trainers.errors import InputError
-from trainers.files import atomic_folder, sha256_file, write_json
+from trainers.files import atomic_folder, sha256_file, weights_hash, write_json
 from trainers.modeling import check_model_folder
 
 if TYPE_CHECKING:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
-from eval.mia import attack_auc, auc_standard_error, mia_score
+from eval.mia import attack_auc, mia_score
 from merging.examples import Example, Result
 from trainers.data.types import Kind
 
@@ -73,7 +72,6 @@ class CheapScores:
         retention: estimated as in a report.
         mmlu_average: null without questions.
         num_examples: what all this was computed from.
-        expected_mia_score: the membership score to be expected on unseen documents; null where their number is not known.
     """
 
     forget_token_accuracy: float
@@ -88,7 +86,6 @@ class CheapScores:
     retention: float | None = None
     mmlu_average: float | None = None
     num_examples: int = 0
-    expected_mia_score: float | None = None
 
     @classmethod
     def from_scores(cls, scores: Mapping[str, Any]) -> CheapScores:
@@ -161,30 +158,7 @@ def summarise(examples: Sequence[Example], *, results: Sequence[Result], recall:
         retention=_set_mean(values, "retain"),
         mmlu_average=sum(answers) / len(answers) if answers else None,
         num_examples=len(results),
-        expected_mia_score=None
-        if math.isnan(auc)
-        else expected_mia_score(auc, num_members=len(losses["member"]), num_nonmembers=len(losses["nonmember"])),
     )
-
-
-def expected_mia_score(auc: float, *, num_members: int, num_nonmembers: int) -> float:
-    """The membership score to be expected on other documents, as many as these, where the AUC will be another one.
-
-    ``1 - 2 E|X - 0.5|`` for normal X around the AUC, with the variances of both measurements. With few documents it hardly tells an AUC of
-    0.45 from 0.5, and a search does not give up retention for the difference; with many it becomes ``1 - 2 |AUC - 0.5|``.
-
-    Args:
-        auc: measured.
-        num_members: member documents.
-        num_nonmembers: non-member documents.
-    """
-    spread = math.sqrt(2) * auc_standard_error(auc, num_members=num_members, num_nonmembers=num_nonmembers)
-    off = abs(auc - 0.5)
-    if spread == 0:
-        return mia_score(auc)
-    normal = NormalDist()
-    distance = 2 * spread * normal.pdf(off / spread) + off * (2 * normal.cdf(off / spread) - 1)
-    return 1 - 2 * distance
 
 
 def harmonic(terms: Sequence[float]) -> float:

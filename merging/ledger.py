@@ -64,10 +64,6 @@ class Measurements(Protocol):
         """Examples of the whole fold."""
 
     @property
-    def attack_size(self) -> tuple[int, int] | None:
-        """Members and non-members among them; null without an attack."""
-
-    @property
     def cost(self) -> dict[str, int]:
         """What was asked for so far, whether it was made now or before."""
 
@@ -116,12 +112,6 @@ class Ledger:
     def num_examples(self) -> int:
         """Examples of the whole fold."""
         return len(self.examples)
-
-    @property
-    def attack_size(self) -> tuple[int, int] | None:
-        """Members and non-members among them; null without an attack."""
-        members, strangers = (sum(example.part == part for example in self.examples) for part in ("member", "nonmember"))
-        return (members, strangers) if members and strangers else None
 
     def know(self, merge: Merge, results: Sequence[Result]) -> None:
         """Enter results of all examples that were found elsewhere, at no cost."""

@@ -9,7 +9,7 @@ from typing import Any
 from eval.forgetting import Verdict, rank_key
 from merging.cheap import CheapScores
 from merging.config import MergeConfig, ObjectiveWeights, PairConfig
-from merging.pairs import EXPECTED, Candidate, Pair, Sides, objective_value
+from merging.pairs import Candidate, Pair, Sides, objective_value
 from trainers.files import strict_json
 
 SCHEMA_VERSION = 2
@@ -116,13 +116,8 @@ class Ranking:
         """What ordered them, in words."""
         parts = [(name, weight) for name, weight in self.weights if weight > 0 and name not in self.without]
         if len(parts) == len(PARTS) and len({weight for _, weight in parts}) == 1:
-            return "expected final_score" if self.expects else "final_score"
+            return "final_score"
         return f"mean({', '.join(name if weight == 1 else f'{weight:g} * {name}' for name, weight in parts)})"
-
-    @property
-    def expects(self) -> bool:
-        """Whether membership scores are those that are to be expected on unseen documents."""
-        return any(EXPECTED in (entry.scores or {}) for entry in self.contestants)
 
     def value(self, entry: Contestant) -> float:
         """The number that decides; -inf if nothing was measured."""

@@ -17,7 +17,6 @@ SHARE_BOUNDS = (0.1, 0.9)
 """A share beyond these is hardly a merge any more."""
 SHARE_DIGITS = 2
 """Shares are rounded, so that a repeated search asks for the same merges."""
-EXPECTED = "expected_mia_score"
 NEVER_PARENTS = {
     "dead": "its utility is gone, and a merge would inherit that",
     "untouched": "it forgot nothing, so it adds nothing to a merge",
@@ -178,21 +177,17 @@ def smoothed_harmonic_mean(terms: Sequence[float]) -> float:
 def objective_value(scores: Mapping[str, float | None], *, weights: ObjectiveWeights, without: Sequence[str] = ()) -> float:
     """The weighted mean of those parts of the objective that were measured; -inf if none was.
 
-    The membership score is the one to be expected on unseen documents (``expected_mia_score``), where that is known.
-
     Args:
         without: parts left out, because others that it is compared with lack them.
     """
     parts = {name: weight for name, weight in weights if weight > 0 and name not in without and scores.get(name) is not None}
     total = sum(parts.values())
-    expected = scores.get(EXPECTED)
-    known = {**scores, "mia_score": scores.get("mia_score") if expected is None else expected}
-    return sum(weight * float(known[name] or 0.0) for name, weight in parts.items()) / total if total else -math.inf
+    return sum(weight * float(scores[name] or 0.0) for name, weight in parts.items()) / total if total else -math.inf
 
 
 def cheap_objective(scores: CheapScores, *, weights: ObjectiveWeights) -> float:
     """The objective from forward passes: the same mean of the same parts, the aggregate being estimated."""
-    values = {name: getattr(scores, name) for name in (*dict(weights), EXPECTED)}
+    values = {name: getattr(scores, name) for name, _ in weights}
     return objective_value(values, weights=weights)
 
 

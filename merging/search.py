@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from merging.calibration import next_scale
-from merging.cheap import expected_mia_score
 from merging.config import MergeConfig, PairConfig
 from merging.examples import rung_sizes
 from merging.ledger import Failed, Measurements, Merge, Scores
 from merging.outcome import Contestant, Control, PairSearchResult, Point, Ranking, rank
 from merging.pairs import (
-    EXPECTED,
     Candidate,
     Pair,
     bracketing_pairs,
@@ -336,7 +334,7 @@ class _Search:
             entry = Contestant(name=name, role=role, scores=None, alive=False, gate=scores.reason, **place)
         else:
             gate = failed_gate(scores, baseline=self.baseline, config=self.config)
-            entry = Contestant(name=name, role=role, scores=self.expected(scores), alive=gate is None, gate=gate, **place)
+            entry = Contestant(name=name, role=role, scores=scores, alive=gate is None, gate=gate, **place)
         self.log(f"  {role} {name} in full: {entry.describe()}")
         return entry
 
@@ -344,14 +342,7 @@ class _Search:
         """A checkpoint whose full scores are known."""
         gate = failed_gate(candidate.scores, baseline=self.baseline, config=self.config)
         scores = {name: value if value is None or math.isfinite(value) else None for name, value in candidate.scores.items()}
-        return Contestant(name=candidate.name, role="trial", scores=self.expected(scores), alive=gate is None, gate=gate)
-
-    def expected(self, scores: Scores) -> Scores:
-        """Full scores with the membership score that is to be expected on unseen documents."""
-        auc, size = scores.get("mia_auc"), self.measurements.attack_size
-        if auc is None or size is None:
-            return scores
-        return {**scores, EXPECTED: expected_mia_score(auc, num_members=size[0], num_nonmembers=size[1])}
+        return Contestant(name=candidate.name, role="trial", scores=scores, alive=gate is None, gate=gate)
 
     def checkpoints(self, candidates: Sequence[Candidate]) -> list[Contestant]:
         """The best earlier checkpoint in full, if it looks better than every final one."""

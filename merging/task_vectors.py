@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merging.adapters import Adapter, deciding_settings, open_adapter
 from merging.tensor_store import MERGEABLE, TensorStore, open_base
 from trainers.errors import InputError
-from trainers.files import read_json, sha256_file, sha256_folder, sha256_json
+from trainers.files import read_json, sha256_file, sha256_json, weights_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,24 +148,12 @@ def trial_name(folder: Path) -> str:
     return folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
 
 
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's safetensors files; computed once per state of the files."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    state = tuple((file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file in files for stat in (file.stat(),))
-    return _weights_hash(str(Path(folder).absolute()), state)
-
-
 def checkpoint_hash(folder: Path) -> str:
     """SHA-256 of what a checkpoint's update depends on: its tensors and, for an adapter, the settings that scale them."""
     settings = None
     if (Path(folder) / "adapter_config.json").exists():
         settings = deciding_settings(read_json(Path(folder) / "adapter_config.json"))
     return sha256_json({"tensors": weights_hash(folder), "settings": settings})
-
-
-@functools.lru_cache(maxsize=256)
-def _weights_hash(folder: str, state: tuple) -> str:
-    return sha256_folder(Path(folder), suffixes=(".safetensors",))
 
 
 def all_finite(values: Tensor) -> bool:

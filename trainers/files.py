@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -200,3 +201,15 @@ def sha256_folder(path: Path, *, suffixes: Sequence[str] = (".safetensors", ".js
     """Hex SHA-256 over names and contents of the files directly in a folder that have one of the suffixes."""
     files = sorted(file for file in Path(path).iterdir() if file.is_file() and file.name.endswith(tuple(suffixes)))
     return sha256_json({file.name: sha256_file(file) for file in files})
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's safetensors files; computed once per state of the files."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    state = tuple((file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file in files for stat in (file.stat(),))
+    return _weights_hash(str(Path(folder).absolute()), state)
+
+
+@functools.lru_cache(maxsize=256)
+def _weights_hash(folder: str, state: tuple) -> str:
+    return sha256_folder(Path(folder), suffixes=(".safetensors",))

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from trainers.config import Frozen
 from trainers.data.types import ForgetRetain, Kind
 from trainers.errors import InputError, RunError
-from trainers.files import atomic_folder, read_json, sha256_folder, sha256_json, write_json
+from trainers.files import atomic_folder, read_json, sha256_folder, sha256_json, weights_hash, write_json
 from trainers.tiny import TinyOlmoConfig
 
 if TYPE_CHECKING:
@@ -117,11 +117,6 @@ def existing_target(out: Path, *, key: str) -> dict[str, Any] | None:
         return None
     manifest = read_json(path)
     return manifest if manifest.get("key") == key and weights_hash(out) == manifest.get("weights_hash") else None
-
-
-def weights_hash(folder: Path) -> str:
-    """Hash of a model folder's weights: what a checkpoint means by its target."""
-    return sha256_folder(folder, suffixes=(".safetensors",))
 
 
 def memorize(

@@ -316,7 +316,6 @@ def pairs() -> dict[str, Any]:
 
     class Invented:
         num_examples = 60
-        attack_size = None
 
         def __init__(self) -> None:
             self.cost = {"examples": 0, "merges": 0, "full": 0, "rows_generated": 0}

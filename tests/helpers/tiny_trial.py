@@ -10,8 +10,8 @@ import torch
 from trainers.config import EngineConfig, LoraConfig, ObjectiveConfig, TrainConfig
 from trainers.data.encode import EncodedRow
 from trainers.data.types import AttackDocuments, Document, ForgetRetain, Record
+from trainers.files import weights_hash
 from trainers.loop import TrialInputs
-from trainers.memorize import weights_hash
 from trainers.tiny import TinyOlmoConfig, build_tiny_olmo, train_tokenizer
 
 NAMES = ("Ada", "Bram", "Cleo", "Dov", "Esme", "Finn", "Gus", "Hana", "Ivo", "June")

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from merging.adapter_output import merge_adapter, truncate, truncate_product
 from merging.config import MergeConfig
 from merging.merge import merge_checkpoint
-from merging.task_vectors import open_task_vector, weights_hash
+from merging.task_vectors import open_task_vector
 from tests.helpers.merge_models import write_base, write_full, write_lora
 from trainers.errors import InputError
+from trainers.files import weights_hash
 from trainers.modeling import load_model
 
 torch.set_num_threads(1)

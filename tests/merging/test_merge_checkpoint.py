@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from merging.combine import model_thresholds
 from merging.config import MergeConfig
 from merging.merge import Meter, merge_checkpoint, verify_merge
-from merging.task_vectors import open_task_vector, weights_hash
+from merging.task_vectors import open_task_vector
 from merging.tensor_store import header_hash, open_base
 from merging.ties import ties, trim
 from tests.helpers.merge_models import write_base, write_full, write_lora
 from trainers.errors import InputError, RunError, SetupError
+from trainers.files import weights_hash
 from trainers.modeling import load_adapted_model, load_model
 
 CONFIGS = (

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from merging.cheap import CheapScores, RecallFit, expected_mia_score, fit_recall, harmonic, summarise
+from merging.cheap import CheapScores, RecallFit, fit_recall, harmonic, summarise
 from merging.examples import Example
 from trainers.data.types import Kind
 
@@ -104,27 +104,3 @@ def test_missing_scores_of_a_report_are_not_numbers() -> None:
 def test_a_harmonic_mean_with_a_zero_is_zero() -> None:
     assert harmonic([1.0, 0.0]) == 0.0
     assert harmonic([1.0, 0.5]) == pytest.approx(2 / 3)
-
-
-def test_the_expected_membership_score_by_simulation() -> None:
-    """Normal AUCs around the measured one, with twice the variance of one measurement, drawn 200,000 times."""
-    import numpy as np
-
-    from eval.mia import auc_standard_error, mia_score
-
-    draws = np.random.default_rng(0).normal(size=200_000)
-    for auc in (0.5, 0.45, 0.3, 0.9):
-        spread = 2**0.5 * auc_standard_error(auc, num_members=13, num_nonmembers=26)
-        wanted = 1 - 2 * np.abs(auc - 0.5 + spread * draws).mean()
-        assert expected_mia_score(auc, num_members=13, num_nonmembers=26) == pytest.approx(wanted, abs=2e-3)
-    many = expected_mia_score(0.45, num_members=100_000, num_nonmembers=100_000)
-    assert many == pytest.approx(mia_score(0.45), abs=1e-3)
-
-
-def test_few_documents_hardly_tell_an_auc_of_045_from_one_half() -> None:
-    """Where the measured score loses a tenth, the expected one loses less than 0.03; it is about the same on both sides of 0.5."""
-    few = {auc: expected_mia_score(auc, num_members=13, num_nonmembers=26) for auc in (0.5, 0.45, 0.55, 0.2)}
-    assert 0 < few[0.5] - few[0.45] < 0.03
-    assert few[0.45] == pytest.approx(few[0.55], abs=0.01)
-    assert few[0.2] < few[0.45] - 0.2
-    assert expected_mia_score(1.0, num_members=13, num_nonmembers=26) == 0.0

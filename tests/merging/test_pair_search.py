@@ -67,7 +67,6 @@ class Landscape:
     """Scores of a merge as a formula of pair, density, share and scale, noisy on few examples, and a count of what was asked."""
 
     num_examples = NUM_EXAMPLES
-    attack_size = None
 
     def __init__(self, *, quality: float = 0.0, noise: float = 0.0) -> None:
         self.quality, self.noise = quality, noise

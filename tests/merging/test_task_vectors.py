@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merging.task_vectors import checkpoint_hash, open_task_vector, resolve_checkpoint, trial_name, weights_hash
+from merging.task_vectors import checkpoint_hash, open_task_vector, resolve_checkpoint, trial_name
 from merging.tensor_store import open_base
 from tests.helpers.merge_models import write_base, write_full, write_lora
 from trainers.errors import InputError
-from trainers.files import write_json
+from trainers.files import weights_hash, write_json
 from trainers.modeling import load_adapted_model
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merging.task_vectors import weights_hash
 from merging.tensor_store import header_hash, open_base, open_file, rewrite_shards
 from tests.helpers.merge_models import write_base
 from trainers.errors import InputError
-from trainers.files import sha256_file, sha256_json
+from trainers.files import sha256_file, sha256_json, weights_hash
 
 TENSORS = {
     "bf16": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),

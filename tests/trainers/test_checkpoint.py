@@ -36,9 +36,8 @@ from trainers.distributed import Rank, start_process_group
 from trainers.engine.base import Engine, TrainingState
 from trainers.engine.local import LocalEngine
 from trainers.errors import InputError
-from trainers.files import read_json, sha256_file, sha256_json, write_json
+from trainers.files import read_json, sha256_file, sha256_json, weights_hash, write_json
 from trainers.loop import TrialInputs, build_engine, build_model
-from trainers.memorize import weights_hash
 from trainers.modeling import load_adapted_model, load_model
 from trainers.scoring import ScoringModel
 

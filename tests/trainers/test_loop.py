@@ -22,9 +22,8 @@ from trainers.config import AdaptiveRetainConfig, LoraConfig, ObjectiveConfig, O
 from trainers.data.types import ForgetRetain
 from trainers.engine.local import LocalEngine
 from trainers.errors import InputError
-from trainers.files import read_json, read_jsonl
+from trainers.files import read_json, read_jsonl, weights_hash
 from trainers.loop import DivergedError, TrialInputs, build_model, evenly_spaced, prepare_reference, train_worker
-from trainers.memorize import weights_hash
 from trainers.modeling import load_adapted_model, load_tokenizer
 from trainers.objectives.terms import LossTerm, StepCounts
 from trainers.plan import plan_trial

@@ -18,8 +18,8 @@ from trainers.data import packing
 from trainers.data.encode import EncodedRow, PackedRow, encode_record
 from trainers.data.types import ForgetRetain, Record
 from trainers.errors import InputError, RunError
-from trainers.files import read_json, sha256_json
-from trainers.memorize import MANIFEST, Memorised, MemorizeConfig, QuestionGroup, existing_target, memorize, memorize_key, weights_hash
+from trainers.files import read_json, sha256_json, weights_hash
+from trainers.memorize import MANIFEST, Memorised, MemorizeConfig, QuestionGroup, existing_target, memorize, memorize_key
 from trainers.modeling import load_model, load_tokenizer
 from trainers.tiny import TinyOlmoConfig
 
