@@ -229,9 +229,11 @@ def merge(
         return
     if rank is not None:
         raise InputError("--rank is read with --output adapter only", where="--rank", fix="leave it out, or add --output adapter")
+    from launcher.allocation import reuse_freed_memory
     from launcher.console import progress_lines
     from merging.merge import merge_checkpoint
 
+    reuse_freed_memory()
     with progress_lines() as progress:
         merge_checkpoint(base=base, trials=trial, out=out, config=config, progress=progress)
     print(f"wrote {out}  ({config.formula()})")

@@ -381,12 +381,12 @@ class _Search:
         if len(final) > 1:
             unanimous = MergeConfig(method="unanimous")
             names = tuple(candidate.name for candidate in final)
-            label = f"what all {len(final)} live trials change in the same direction"
+            label = f"sign-unanimous mean of {len(final)} trials"
             arms["unanimous"] = (label, _Arm(names, lambda scale: unanimous, (1.0, 1.0)))
         fixed = [arm for _, arm in arms.values()]
         for name in scaled:
             arm = _Arm((name,), lambda scale: MergeConfig(method="linear", scale=scale), CONTROL_BOUNDS)
-            arms[f"scaled-{name}"] = (f"{name} alone, scaled towards AUC 0.5", arm)
+            arms[f"scaled-{name}"] = (f"{name} scaled to AUC 0.5", arm)
         self.advance(fixed, size=self.rungs[-1], steps=0, owed=True)
         free = [arm for _, arm in arms.values() if arm.bounds == CONTROL_BOUNDS]
         self.advance(free, size=self.rungs[-1], steps=max(1, self.config.scale_steps), owed=True)

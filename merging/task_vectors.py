@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from merging.methods.low_rank import LowRank
 
+_COMPARED = 1 << 18
+"""Elements compared at a time: the widened copies stay in the cache."""
+
 
 @dataclass(frozen=True)
 class TaskVector:
@@ -291,9 +294,10 @@ def _open_full(folder: Path, *, store: TensorStore, trial: str) -> TaskVector:
         other = saved.tensors[name]
         if other.shape != tensor.shape:
             raise InputError(f"tensor {name} has shape {list(other.shape)}, but the base has {list(tensor.shape)}", where=where)
-        if _differs(saved.read(name), store.read(name)):
+        values = saved.read(name)
+        if _differs(values, store.read(name)):
             _check_mergeable(name, store=store, trial=trial)
-            check_finite(saved.read(name), name=name, trial=trial, folder=folder)
+            check_finite(values, name=name, trial=trial, folder=folder)
             changed.append(name)
     if not changed:
         raise InputError("the checkpoint is equal to the base in every tensor", where=where, why="there is nothing to merge")
@@ -303,9 +307,18 @@ def _open_full(folder: Path, *, store: TensorStore, trial: str) -> TaskVector:
 
 
 def _differs(new: Tensor, old: Tensor) -> bool:
+    """Whether two tensors of one shape differ in value, whatever their dtypes; ends with the first block that does."""
     import torch
 
-    return not torch.equal(new, old) if new.dtype == old.dtype else not torch.equal(new.double(), old.double())
+    if new.dtype == old.dtype:
+        return not torch.equal(new, old)
+    # Every value of the narrower types is one of the wider type's, so widening loses nothing.
+    wider = torch.promote_types(new.dtype, old.dtype)
+    wider = wider if wider.is_floating_point and wider.itemsize > 2 else torch.float64
+    return any(
+        not torch.equal(one.to(wider), other.to(wider))
+        for one, other in zip(new.reshape(-1).split(_COMPARED), old.reshape(-1).split(_COMPARED), strict=True)
+    )
 
 
 def _read_full(saved: TensorStore, store: TensorStore, name: str, device: str) -> Tensor:

@@ -279,7 +279,7 @@ def test_the_pair_section_shows_what_a_merge_is_compared_with(finished: Path) ->
     data = read_run(finished)
     view = pair_view(data)
     labels = [row["label"] for row in view["controls"]]
-    assert {"linear mean of both parents", "trial-03 alone, scaled towards AUC 0.5", "trial-06 alone, scaled towards AUC 0.5"} < set(labels)
+    assert {"linear mean of both parents", "trial-03 scaled to AUC 0.5", "trial-06 scaled to AUC 0.5"} < set(labels)
     text = render(data, plots={})
     assert all(label in text for label in labels)
     assert view["cost"] is not None
