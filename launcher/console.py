@@ -206,6 +206,30 @@ def summary_lines(results: Mapping[str, Any], *, paths: Mapping[str, Any] | None
     return lines[:20]
 
 
+_EVALUATED = (
+    ("final_score", "final score"),
+    ("task_aggregate", "task aggregate"),
+    ("mia_auc", "membership AUC"),
+    ("mia_score", "MIA score"),
+    ("mmlu_average", "MMLU"),
+    ("forget_regurgitation", "forget regurgitation"),
+    ("forget_knowledge", "forget knowledge"),
+    ("retain_regurgitation", "retain regurgitation"),
+    ("retain_knowledge", "retain knowledge"),
+    ("degenerate_rate", "degenerate texts"),
+)
+
+
+def evaluation_lines(*, scores: Mapping[str, Any], intervals: Mapping[str, Sequence[float]], notes: Sequence[str]) -> list[str]:
+    """What one evaluation found: a score per line with its interval, then what a reader has to know."""
+    lines = []
+    for name, label in _EVALUATED:
+        if _is_number(scores.get(name)):
+            limits = intervals.get(name)
+            lines.append(f"  {label:<22}{number(scores[name]):>7}" + (f"   [{number(limits[0])}, {number(limits[1])}]" if limits else ""))
+    return lines + [f"  note: {note}" for note in notes]
+
+
 def _table(results: Mapping[str, Any]) -> list[str]:
     models = list(results.get("models") or [])
     if len(models) > _MAX_SUMMARY_MODELS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import ExperimentConfig
-from launcher.console import Console, duration
+from launcher.console import Console, duration, evaluation_lines
 from launcher.data import PreparedData, prepare_data, question_groups, unseen_texts
 from launcher.load import LoadedExperiment, dump_yaml
 from launcher.lock import hold
@@ -418,3 +418,6 @@ def evaluate_model(
         )
         write_report(report, out)
         store.remove()
+    for line in evaluation_lines(scores=report.scores, intervals=report.intervals, notes=report.notes):
+        (progress or print)(line)
+    (progress or print)(f"wrote {out}")

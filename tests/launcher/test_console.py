@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.console import Console, Eta, duration, number, progress_lines, settings, summary_lines
+from launcher.console import Console, Eta, duration, evaluation_lines, number, progress_lines, settings, summary_lines
 from tests.helpers.run_folder import build_finished
 from trainers.files import read_json
 
@@ -162,3 +162,17 @@ def test_progress_is_shown_now_and_then(stream: io.StringIO, expected: str) -> N
         for text in ("first", "second", "third"):
             show(text)
     assert stream.getvalue() == expected
+
+
+def test_an_evaluation_is_told_score_by_score() -> None:
+    """What was not measured has no line, and a score without an interval has none beside it."""
+    lines = evaluation_lines(
+        scores={"final_score": None, "task_aggregate": 0.5, "mia_auc": 0.25, "unknown": 1.0},
+        intervals={"mia_auc": [0.125, 0.5]},
+        notes=["MMLU was not run: there is no final score."],
+    )
+    assert lines == [
+        "  task aggregate          0.500",
+        "  membership AUC          0.250   [0.125, 0.500]",
+        "  note: MMLU was not run: there is no final score.",
+    ]
