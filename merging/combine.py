@@ -108,6 +108,7 @@ def combine(
             divisor=config.divisor,
             zero_sum=zero_sum,
             thresholds=None if thresholds is None else [thresholds[index] for index in present],
+            equal_magnitudes=config.equal_magnitudes,
             borders=None if thresholds is not None else [_border(vectors[index], name, config.density, device) for index in present],
         )
         merged, conflicts = (-found.update if flip else found.update), found.conflicts / max(found.update.numel(), 1)
@@ -229,7 +230,12 @@ def majority_sign(*, vectors: Sequence[Updates], thresholds: Sequence[float] | N
         for vector, threshold, weight in zip(vectors, limits, weights, strict=True):
             if name not in vector.names:
                 continue
-            kept = trim(vector.update(name, device=device), density=config.density, threshold=threshold)
+            kept = trim(
+                vector.update(name, device=device),
+                density=config.density,
+                threshold=threshold,
+                equal_magnitudes=config.equal_magnitudes,
+            )
             kept = kept * weight if config.elect == "weighted" else kept
             votes = kept if votes is None else votes + kept
         assert votes is not None

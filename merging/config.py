@@ -13,7 +13,7 @@ from trainers.config import Frozen
 
 
 class MergeConfig(Frozen):
-    """One merge of task vectors. The defaults are the ``peft-dense`` reading of TIES on float32 updates.
+    """One merge of task vectors. The defaults are the ``peft-dense`` reading of TIES on float32 updates, but for equal magnitudes.
 
     A setting that the method does not read is refused where it is given, and left out where the configuration is written.
     ``merging.methods.table`` says which method reads what.
@@ -45,6 +45,11 @@ class MergeConfig(Frozen):
     trim_count: Literal["floor", "floor_plus_one"] = Field(
         default="floor",
         description="elements kept of n: int(density * n), or one more, which the paper's code keeps; the latter with trim_scope = model",
+    )
+    equal_magnitudes: Literal["first", "topk"] = Field(
+        default="first",
+        description="which elements stay where the border of a tensor's trim runs through equal magnitudes: the first in memory order, as "
+        "in mergekit, or those that torch.topk chooses, as in peft; the latter takes several times as long",
     )
     elect: Literal["unweighted", "weighted"] = Field(
         default="unweighted", description="whether the sign is elected before or after the weights are applied"
@@ -95,6 +100,8 @@ class MergeConfig(Frozen):
     def _settings_fit_each_other(self) -> MergeConfig:
         if self.trim_count == "floor_plus_one" and self.trim_scope != "model":
             raise ValueError("trim_count = floor_plus_one is defined for trim_scope = model only")
+        if self.equal_magnitudes == "topk" and self.trim_scope != "tensor":
+            raise ValueError("equal_magnitudes = topk is defined for trim_scope = tensor only; over the whole model all of them are kept")
         if self.zero_sum == "majority" and self.method != "ties":
             raise ValueError(f"zero_sum = majority is defined for method = ties only, not {self.method}")
         low, high = self.density - self.epsilon, self.density + self.epsilon
@@ -158,7 +165,9 @@ class MergeConfig(Frozen):
     def _ties_text(self) -> str:
         scope = "each tensor" if self.trim_scope == "tensor" else "the whole task vector"
         more = " and one element more" if self.trim_count == "floor_plus_one" else ""
-        return f"elect(t_i); t_i: top {self.density:g}{more} of {scope} by magnitude; {self._election_text()}"
+        equal = ", the first" if self.equal_magnitudes == "first" else ", torch.topk's choice"
+        among = f"{equal} of equal ones" if self.trim_scope == "tensor" and self.density < 1 else ""
+        return f"elect(t_i); t_i: top {self.density:g}{more} of {scope} by magnitude{among}; {self._election_text()}"
 
     def _election_text(self) -> str:
         voters = "t_i" if self.elect == "unweighted" else "w_i * t_i"

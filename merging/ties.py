@@ -1,7 +1,8 @@
 """TIES on task vectors: trim, elect sign, disjoint mean, as pure functions of float32 tensors.
 
 Source: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", https://arxiv.org/abs/2306.01708
-With its defaults every function is bit-equal to ``peft.utils.merge_utils.ties`` on the same float32 tensors.
+With its defaults every function is bit-equal to ``peft.utils.merge_utils.ties`` on the same float32 tensors, unless a trim's border runs
+through equal magnitudes: then the first of them stay, and with ``equal_magnitudes="topk"`` those that peft keeps.
 """
 
 from __future__ import annotations
@@ -111,44 +112,103 @@ def kth_largest_magnitude(update: Tensor, *, k: int) -> float:
     return find_borders(update, num_kept=[k])[0].magnitude
 
 
-def trim(update: Tensor, *, density: float, threshold: float | None = None) -> Tensor:
+EqualMagnitudes = Literal["first", "topk"]
+"""Which of several equal magnitudes at the border stay: the first in memory order, as in mergekit, or those that ``torch.topk`` happens to
+choose, as in peft. The latter depends on all other elements, and costs a selection over the whole tensor."""
+
+
+def trim(update: Tensor, *, density: float, threshold: float | None = None, equal_magnitudes: EqualMagnitudes = "first") -> Tensor:
     """Keep the elements of largest magnitude; the others become zero.
 
     Args:
         update: float32, any shape, finite.
         density: fraction kept, in (0, 1]: exactly int(density * n) elements.
-            Equal magnitudes at the border are chosen as ``torch.topk`` does.
         threshold: if given, keep every element of at least this magnitude instead (a trim over several tensors).
+        equal_magnitudes: which of them stay where the border runs through them.
 
     Raises:
         ValueError: if the density is not in (0, 1].
     """
-    prepared, limit = prepare_trim(update, density=density, threshold=threshold)
-    return prepared if limit == 0 else torch.nn.functional.hardshrink(prepared, _below(limit))
+    prepared = prepare_trim(update, density=density, threshold=threshold, equal_magnitudes=equal_magnitudes)
+    return prepared.source if prepared.keeps_all else prepared.block(0, update.numel()).reshape(update.shape)
 
 
-def prepare_trim(update: Tensor, *, density: float, threshold: float | None = None, border: Border | None = None) -> tuple[Tensor, float]:
-    """What is left of a trim: a tensor and the magnitude from which its elements are kept (0: it is trimmed already).
+@dataclass(frozen=True)
+class PreparedTrim:
+    """A trim that is decided, but not carried out.
 
     Args:
-        update, density, threshold: as in ``trim``.
+        source: the update.
+        limit: the magnitude from which elements are kept; 0 keeps all.
+        surplus: elements of that magnitude that are dropped all the same, int64 positions in memory order, ascending.
+    """
+
+    source: Tensor
+    limit: float = 0.0
+    surplus: Tensor | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is trimmed."""
+        return self.limit == 0 and self.surplus is None
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` in memory order, trimmed, one-dimensional; never a view of the source."""
+        # hardshrink keeps what is larger in magnitude than its parameter.
+        part = torch.hardshrink(self.source.reshape(-1)[start:stop], _below(self.limit) if self.limit > 0 else 0.0)
+        if self.surplus is not None:
+            first, last = torch.searchsorted(self.surplus, torch.tensor([start, stop], device=self.surplus.device)).tolist()
+            if last > first:
+                part[self.surplus[first:last] - start] = 0.0
+        return part
+
+
+def prepare_trim(
+    update: Tensor,
+    *,
+    density: float,
+    threshold: float | None = None,
+    border: Border | None = None,
+    equal_magnitudes: EqualMagnitudes = "first",
+) -> PreparedTrim:
+    """Decide a trim.
+
+    Args:
+        update, density, threshold, equal_magnitudes: as in ``trim``.
         border: of int(density * n) elements, if it is known.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density = {density} must be in (0, 1]: the fraction of each task vector kept")
     if threshold is not None:
-        return update, threshold
+        return PreparedTrim(update, threshold)
     num_kept = int(density * update.numel())
     if density == 1:
-        return update, 0.0
+        return PreparedTrim(update)
     border = border or find_borders(update, num_kept=[num_kept])[0]
     # Zeros at the border contribute nothing whether they are kept or not.
-    if border.magnitude > 0 and border.reaching > num_kept:
-        kept = torch.zeros_like(update, memory_format=torch.contiguous_format)
-        chosen = torch.topk(update.abs().reshape(-1), k=num_kept).indices
-        kept.reshape(-1)[chosen] = update.reshape(-1)[chosen]
-        return kept, 0.0
-    return update, border.magnitude
+    if border.magnitude == 0 or border.reaching <= num_kept:
+        return PreparedTrim(update, border.magnitude)
+    if equal_magnitudes == "first":
+        surplus = _last_of_magnitude(update, magnitude=border.magnitude, number=border.reaching - num_kept)
+        return PreparedTrim(update, border.magnitude, surplus)
+    kept = torch.zeros_like(update, memory_format=torch.contiguous_format)
+    chosen = torch.topk(update.abs().reshape(-1), k=num_kept).indices
+    kept.reshape(-1)[chosen] = update.reshape(-1)[chosen]
+    return PreparedTrim(kept)
+
+
+def _last_of_magnitude(update: Tensor, *, magnitude: float, number: int) -> Tensor:
+    """Positions, ascending, of the last ``number`` elements of exactly this magnitude; the search ends where they are found."""
+    flat = update.reshape(-1)
+    step = COUNT_BLOCK if flat.device.type == "cpu" else max(flat.numel(), 1)
+    found: list[Tensor] = []
+    stop = flat.numel()
+    while number > 0 and stop > 0:
+        start = max(0, stop - step)
+        here = (flat[start:stop].abs() == magnitude).nonzero().reshape(-1)[-number:] + start
+        found.insert(0, here)
+        number, stop = number - here.numel(), start
+    return torch.cat(found)
 
 
 def _below(limit: float) -> float:
@@ -172,39 +232,35 @@ class TiesMerge:
 
 
 def merge_updates(
-    updates: Sequence[Tensor],
+    trims: Sequence[PreparedTrim],
     *,
-    limits: Sequence[float],
     weights: Sequence[float],
     elect: Literal["unweighted", "weighted"] = "unweighted",
     divisor: Literal["count", "weight"] = "count",
     zero_sum: Literal["positive", "drop"] = "positive",
 ) -> TiesMerge:
-    """Trim at known limits, elect and average, a block of elements at a time.
+    """Carry out trims, elect and average, a block of elements at a time.
 
     Everything is arithmetic on whole blocks: a trimmed value times the elected sign is positive where it agrees, so its positive part is
     what enters the mean, and the sign of that part counts it.
 
     Args:
-        updates: float32 task vectors t_i of one shape, finite.
-        limits: per task vector, the magnitude from which elements are kept; 0 keeps all.
+        trims: of float32 task vectors t_i of one shape, finite.
         weights: one positive w_i per task vector.
         elect: elect the sign of sum(t_i) or of sum(w_i * t_i).
         divisor: divide sum(w_i * t_i) over those that agree by their number, or by their weights.
         zero_sum: what a sum of exactly zero elects: +, or no sign, hence no update.
     """
-    merged = torch.empty_like(updates[0], memory_format=torch.contiguous_format)
-    flat, sources = merged.reshape(-1), [update.reshape(-1) for update in updates]
-    lambdas = [_below(limit) if limit > 0 else 0.0 for limit in limits]
+    merged = torch.empty_like(trims[0].source, memory_format=torch.contiguous_format)
+    flat = merged.reshape(-1)
     unit = all(weight == 1 for weight in weights)
     step = BLOCK if merged.device.type == "cpu" else 1 << 24
     one = torch.ones((), device=merged.device)
-    kept = [torch.zeros((), dtype=torch.int64, device=merged.device) for _ in updates]
+    kept = [torch.zeros((), dtype=torch.int64, device=merged.device) for _ in trims]
     conflicts = torch.zeros((), dtype=torch.int64, device=merged.device)
     against = torch.zeros((), dtype=torch.float64, device=merged.device)
     for start in range(0, flat.numel(), step):
-        # hardshrink keeps what is larger in magnitude than its parameter.
-        parts = [torch.hardshrink(source[start : start + step], bound) for source, bound in zip(sources, lambdas, strict=True)]
+        parts = [one.block(start, start + step) for one in trims]
         for count, part in zip(kept, parts, strict=True):
             count += torch.count_nonzero(part)
         total = _sum(parts, weights if elect == "weighted" and not unit else None)
@@ -220,7 +276,7 @@ def merge_updates(
             against -= number.sum(dtype=torch.float64)
         elif len(parts) > 1:
             conflicts += count_sign_conflicts(parts)
-    if len(updates) == 2 and zero_sum == "positive":
+    if len(trims) == 2 and zero_sum == "positive":
         # Of two values at most one disagrees, and then the other agrees: a conflict is a kept value that did not vote.
         conflicts = sum(kept) + against.to(torch.int64)
     return TiesMerge(update=merged, kept=tuple(int(count) for count in kept), conflicts=int(conflicts))
@@ -235,6 +291,7 @@ def ties(
     divisor: Literal["count", "weight"] = "count",
     zero_sum: Literal["positive", "drop"] = "positive",
     thresholds: Sequence[float] | None = None,
+    equal_magnitudes: EqualMagnitudes = "first",
 ) -> Tensor:
     """The TIES merge of one tensor's updates, float32, without the scale.
 
@@ -249,6 +306,7 @@ def ties(
         divisor: divide by the number or by the weights of the agreeing vectors.
         zero_sum: what a zero sum elects.
         thresholds: magnitudes to trim at, one per task vector, in place of the density in this tensor.
+        equal_magnitudes: which of them stay where the border of a trim runs through them.
 
     Raises:
         ValueError: if the shapes differ, or weights or thresholds do not match the updates in number.
@@ -256,7 +314,14 @@ def ties(
     Source: Yadav et al. 2023, https://arxiv.org/abs/2306.01708
     """
     return ties_merge(
-        updates=updates, density=density, weights=weights, elect=elect, divisor=divisor, zero_sum=zero_sum, thresholds=thresholds
+        updates=updates,
+        density=density,
+        weights=weights,
+        elect=elect,
+        divisor=divisor,
+        zero_sum=zero_sum,
+        thresholds=thresholds,
+        equal_magnitudes=equal_magnitudes,
     ).update
 
 
@@ -270,6 +335,7 @@ def ties_merge(
     zero_sum: Literal["positive", "drop"] = "positive",
     thresholds: Sequence[float] | None = None,
     borders: Sequence[Border | None] | None = None,
+    equal_magnitudes: EqualMagnitudes = "first",
 ) -> TiesMerge:
     """As ``ties``, with what happened; ``borders`` are those of int(density * n) elements where they are known."""
     check_updates(updates)
@@ -283,17 +349,11 @@ def ties_merge(
             density=density,
             threshold=None if thresholds is None else thresholds[index],
             border=None if borders is None else borders[index],
+            equal_magnitudes=equal_magnitudes,
         )
         for index, update in enumerate(updates)
     ]
-    return merge_updates(
-        [update for update, _ in prepared],
-        limits=[limit for _, limit in prepared],
-        weights=weights,
-        elect=elect,
-        divisor=divisor,
-        zero_sum=zero_sum,
-    )
+    return merge_updates(prepared, weights=weights, elect=elect, divisor=divisor, zero_sum=zero_sum)
 
 
 def _sum(parts: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:

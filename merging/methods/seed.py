@@ -41,7 +41,10 @@ def merge_factors(
     if len(pairs) != len(factors) or len({(pair.rank, pair.transpose) for pair in pairs}) != 1:
         raise ValueError(f"factors of one rank are needed, got ranks {[pair.rank if pair else None for pair in factors]}")
     roots = [math.sqrt(weight * pair.scale) for weight, pair in zip(weights, pairs, strict=True)]
-    a, b = (ties(updates=sides, density=density, weights=roots) for sides in ([p.a for p in pairs], [p.b for p in pairs]))
+    a, b = (
+        ties(updates=sides, density=density, weights=roots, equal_magnitudes="topk")
+        for sides in ([p.a for p in pairs], [p.b for p in pairs])
+    )
     merged = LowRank(a=a, b=b, transpose=pairs[0].transpose)
-    entered = (torch.cat([trim(side, density=density).reshape(-1) for side in (pair.a, pair.b)]) for pair in pairs)
+    entered = (torch.cat([trim(side, density=density, equal_magnitudes="topk").reshape(-1) for side in (pair.a, pair.b)]) for pair in pairs)
     return Combination(merged.dense(), tuple(entered), merged)

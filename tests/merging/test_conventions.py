@@ -101,13 +101,13 @@ def test_how_many_of_ten_a_density_of_a_fifth_keeps(convention, kept):
 
 @pytest.mark.parametrize(("convention", "number"), [("paper", 4), ("peft-dense", 2), ("mergekit", 2)])
 def test_how_many_of_four_equal_values_a_density_of_a_half_keeps(convention, number):
-    """Which two is where peft (the last) and mergekit (the first) part; here they are those of peft in both conventions."""
+    """Two of four: mergekit takes the first, peft those that torch.topk gives it. The paper keeps all that equal the last."""
     from peft.utils.merge_utils import magnitude_based_pruning
 
     actual = _one([[1.0] * 4], convention=convention, density=0.5)
+    expected = {"paper": [1] * 4, "peft-dense": magnitude_based_pruning(torch.ones(4), 0.5).tolist(), "mergekit": [1, 1, 0, 0]}
     assert sum(actual) == number
-    if number == 2:
-        assert actual == magnitude_based_pruning(torch.ones(4), 0.5).tolist()
+    assert actual == expected[convention]
 
 
 def test_a_weight_below_zero_has_no_agreed_meaning():

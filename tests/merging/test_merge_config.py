@@ -28,6 +28,7 @@ from merging.methods.table import METHODS, PARAMETERS
         ({"method": "breadcrumbs", "gamma": -0.1}, "gamma"),
         ({"method": "dare_ties", "zero_sum": "majority"}, "method = ties only"),
         ({"trim_count": "floor_plus_one"}, "trim_scope = model"),
+        ({"equal_magnitudes": "topk", "trim_scope": "model"}, "trim_scope = tensor only"),
         ({"method": "dare_linear", "seed": -1}, "seed"),
         ({"method": "dare_linear", "rescale": "l2"}, "rescale"),
     ],
@@ -45,8 +46,8 @@ def test_sums_may_subtract(method):
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_setting_that_the_method_does_not_read_is_refused_and_not_written_down(method):
     """Even with its default value, because it says something that is not so. What is written down can be read again."""
-    values = {"density": 0.5, "trim_scope": "tensor", "trim_count": "floor", "elect": "weighted", "divisor": "weight", "zero_sum": "drop",
-              "epsilon": 0.1, "gamma": 0.1, "rescale": "l1", "seed": 3}  # fmt: skip
+    values = {"density": 0.5, "trim_scope": "tensor", "trim_count": "floor", "equal_magnitudes": "topk", "elect": "weighted",
+              "divisor": "weight", "zero_sum": "drop", "epsilon": 0.1, "gamma": 0.1, "rescale": "l1", "seed": 3}  # fmt: skip
     assert {*values, "convention"} == set(PARAMETERS)
     for name, value in values.items():
         if name in METHODS[method].reads:

@@ -55,9 +55,36 @@ def test_the_default_is_bit_equal_to_peft(density, models):
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("models", [2, 3])
 def test_it_is_bit_equal_to_peft_where_magnitudes_repeat(density, models):
-    """Rounded to eighths, thousands of elements share a few magnitudes, so the border runs through equal ones."""
+    """Rounded to eighths, thousands of elements share a few magnitudes, so the border runs through equal ones. By default others stay."""
     updates = [(8 * update * 1e3).round() / 8 for update in _updates(models=models)]
-    assert torch.equal(ties(updates=updates, density=density), _peft(updates, density=density))
+    expected = _peft(updates, density=density)
+    assert torch.equal(ties(updates=updates, density=density, equal_magnitudes="topk"), expected)
+    assert torch.equal(ties(updates=updates, density=density), expected) == (density in (0.99, 1.0))
+
+
+@pytest.mark.parametrize("density", [*DENSITIES, 0.33])
+@pytest.mark.parametrize("shape", [(7,), (37, 41), (1100, 1000)])
+def test_the_first_of_equal_magnitudes_stay(density, shape):
+    """What a stable sort by falling magnitude puts first, also where the last equal one is a million elements further on."""
+    update = (4 * _updates(models=1, shape=shape, seed=3)[0] * 1e3).round() / 4
+    flat = update.flatten()
+    expected = torch.zeros_like(flat)
+    chosen = torch.sort(flat.abs(), descending=True, stable=True).indices[: int(density * flat.numel())]
+    expected[chosen] = flat[chosen]
+    assert torch.equal(trim(update, density=density), expected.reshape(shape))
+
+
+def test_a_merge_of_trims_drops_the_surplus_of_each(monkeypatch):
+    """Blocks of ten elements: each trim's surplus falls into some of them, on and next to their edges."""
+    monkeypatch.setattr("merging.ties.BLOCK", 10)
+    updates = [(4 * update * 1e3).round() / 4 for update in _updates(models=2)]
+    trimmed = [trim(update, density=0.4) for update in updates]
+    found = ties_merge(updates=updates, density=0.4)
+    assert torch.equal(found.update, ties(updates=trimmed, density=1.0))
+    assert found.kept == tuple(int(part.count_nonzero()) for part in trimmed)
+    assert found.conflicts == count_sign_conflicts(trimmed)
+    assert all(0 < int((update.abs() == part[part != 0].abs().min()).sum()) > int((part.abs() == part[part != 0].abs().min()).sum())
+               for update, part in zip(updates, trimmed, strict=True)), "the border runs through equal magnitudes"  # fmt: skip
 
 
 def test_it_is_bit_equal_to_peft_with_weights():
