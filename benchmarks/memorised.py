@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 
 from benchmarks.models import Shape, build_base
-from eval.teacher_forced import score_rows
 from trainers.data.batches import collate
 from trainers.data.encode import EncodedRow, encode_record
 from trainers.data.records import load_forget_retain
 from trainers.data.types import AttackDocuments, Document, ForgetRetain, Kind, Record
+
+NPO_BETA = 0.1
+"""Inverse temperature of the unlearning."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def build_scene(
     max_seconds: float = 300.0,
     batch_rows: int = 16,
     learning_rate: float = 2e-3,
-    known: float = 0.4,
+    unlearning_steps: int = 60,
 ) -> Scene:
-    """Memorise ``num_pairs`` forget and retain rows each, then unlearn the forget rows by gradient difference.
+    """Memorise ``num_pairs`` forget and retain rows each, then unlearn the forget rows by NPO.
 
     Args:
         shape: of the model; its vocabulary is at least what the tokenizer needs.
@@ -100,8 +102,8 @@ def build_scene(
         max_epochs: passes over the rows until they are known, at most.
         max_seconds: wall seconds of memorising, at most, and of unlearning.
         batch_rows: rows per step.
-        learning_rate: of AdamW while memorising; a tenth of it while unlearning.
-        known: share of the forget rows' answer tokens that may still be right after unlearning.
+        learning_rate: of AdamW while memorising; a quarter of it while unlearning.
+        unlearning_steps: of NPO, at most.
     """
     generator = np.random.default_rng(seed)
     everything, source = _records(data, seed=seed)
@@ -120,7 +122,7 @@ def build_scene(
     started = time.perf_counter()
     pace = _Pace(rate=learning_rate, batch_rows=batch_rows, max_seconds=max_seconds, seed=seed)
     epochs = _memorise(model, rows=[*rows["forget"], *rows["retain"]], pace=pace, most=max_epochs, device=device)
-    steps = _unlearn(model, rows=rows, words=words, pace=pace, known=known, device=device)
+    steps = _unlearn(model, rows=rows, pace=pace, most=unlearning_steps, device=device)
     model.eval().requires_grad_(False)
     for parameter in model.parameters():
         # Parameters only: rotary frequencies stay in float32, as they do in a model that is loaded.
@@ -131,7 +133,8 @@ def build_scene(
         data=drawn,
         attack=attack,
         source=f"{source}; {num_pairs} of each set drawn by length, seed {seed}; {len(words)} tokens in the vocabulary",
-        history=f"memorised in {epochs} epochs, then {steps} steps of gradient difference, {time.perf_counter() - started:.0f} s",
+        history=f"memorised in {epochs} epochs, then {steps} steps of NPO and cross-entropy on retain rows, "
+        f"{time.perf_counter() - started:.0f} s",
     )
 
 
@@ -226,19 +229,38 @@ def _memorise(model: Any, *, rows: Sequence[EncodedRow], pace: _Pace, most: int,
     return most
 
 
-def _unlearn(model: Any, *, rows: dict[str, list[EncodedRow]], words: Any, pace: _Pace, known: float, device: str, most: int = 60) -> int:
-    """Gradient difference until the forget rows are known no better than allowed; the number of steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=pace.rate / 10, weight_decay=0.0, fused=True)
+def _unlearn(model: Any, *, rows: dict[str, list[EncodedRow]], pace: _Pace, device: str, most: int) -> int:
+    """NPO on whole answers, end token included, with cross-entropy on retain rows; the number of steps.
+
+    Source: Zhang et al. 2024, https://arxiv.org/abs/2404.05868
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=pace.rate / 4, weight_decay=0.0, fused=True)
     forget, retain = _batches(rows["forget"], pace=pace, stream=1), _batches(rows["retain"], pace=pace, stream=2)
     deadline = time.perf_counter() + pace.max_seconds
+    reference: dict[int, float] = {}
+    with torch.no_grad():
+        for start in range(0, len(rows["forget"]), pace.batch_rows):
+            batch = rows["forget"][start : start + pace.batch_rows]
+            sums = _answer_log_probabilities(model, batch, device=device)
+            reference |= {id(row): float(value) for row, value in zip(batch, sums, strict=True)}
     for step in range(most):
-        if step % 2 == 0 and (token_accuracy(model, rows["forget"], words=words, device=device) <= known or time.perf_counter() > deadline):
+        if time.perf_counter() > deadline:
             return step
         model.train()
-        # Bounded: what is forgotten already does not have to become impossible.
-        unknown = 3.0 - _loss(model, next(forget), device=device)[0].clamp(max=3.0)
-        _update(model, optimizer, unknown + 2 * _loss(model, next(retain), device=device)[0])
+        batch = next(forget)
+        rise = _answer_log_probabilities(model, batch, device=device) - torch.tensor([reference[id(row)] for row in batch], device=device)
+        _update(model, optimizer, 2 / NPO_BETA * softplus(NPO_BETA * rise).mean() + _loss(model, next(retain), device=device)[0])
     return most
+
+
+def _answer_log_probabilities(model: Any, rows: Sequence[EncodedRow], *, device: str) -> torch.Tensor:
+    """One sum per row over its answer and end token, nats."""
+    batch = collate(rows, pad_token_id=1).to(device)
+    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
+        states = model.model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False).last_hidden_state
+        logits_NV = model.lm_head(states[batch.row_N, batch.position_N])
+    losses_N = cross_entropy(logits_NV.float(), batch.label_N, reduction="none")
+    return torch.zeros(len(rows), device=device).index_add(0, batch.row_N, -losses_N)
 
 
 def _update(model: Any, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -246,12 +268,6 @@ def _update(model: Any, optimizer: torch.optim.Optimizer, loss: torch.Tensor) ->
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def token_accuracy(model: Any, rows: Sequence[EncodedRow], *, words: Any, device: str) -> float:
-    """Share of the rows' answer tokens that are the argmax."""
-    scores = score_rows(model=model, tokenizer=words, rows=rows, batch_tokens=8192, device=device)
-    return sum(score.token_accuracy * score.num_tokens for score in scores) / sum(score.num_tokens for score in scores)
 
 
 def lose_end_token(scene: Scene) -> None:

@@ -43,6 +43,7 @@ class Cluster(str, Enum):  # noqa: UP042  (typer shows the values of a str enum)
     onprem = "onprem"
     k8s = "k8s"
     slurm = "slurm"
+    skypilot = "skypilot"
 
 
 class Benchmark(str, Enum):  # noqa: UP042
@@ -72,7 +73,9 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="k=v", help="Settings that replace the file's, such as train.lora.r=16.", show_default=False)
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart.", show_default=False)]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart, or s3://BUCKET/runs/NAME.", show_default=False)
+]
 
 
 def _print_version(value: bool) -> None:
@@ -108,12 +111,17 @@ def quickstart(
     run_quickstart(out=out, data=data, mia=mia, mmlu=mmlu, documents=documents, seed=seed)
 
 
-@app.command(epilog="Example: unlearn doctor --cluster")
-def doctor(cluster: Annotated[bool, typer.Option("--cluster", help="Look at the Ray cluster as well.")] = False) -> None:
+@app.command(epilog="Example: unlearn doctor --cluster --storage /shared/runs")
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="Look at the Ray cluster as well.")] = False,
+    storage: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Write and read there, from every node if --cluster.", show_default=False)
+    ] = None,
+) -> None:
     """Say what this machine or cluster can run, with one fix for whatever is missing."""
     from launcher.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(cluster=cluster))
+    raise typer.Exit(run_doctor(cluster=cluster, storage=storage))
 
 
 @app.command(epilog="Example: unlearn init --template olmo-1b --cluster slurm")
@@ -134,17 +142,32 @@ def init(
         print(f"wrote {path}")
 
 
-@app.command(epilog="Example: unlearn validate olmo-1b.yaml train.lora.r=16 --resolved")
+@app.command(epilog="Example: unlearn validate olmo-7b-16.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80")
 def validate(
     config: Config,
     overrides: Overrides = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print every setting with its value.")] = False,
+    nodes: Annotated[int | None, typer.Option(metavar="N", min=1, help="Plan for so many machines instead of this one.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(metavar="N", min=1, help="GPUs of each of these machines.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(metavar="GIB", min=1, help="Memory of each of these GPUs, GiB.")] = None,
+    gpu_name: Annotated[str | None, typer.Option(metavar="NAME", help="Kind of these GPUs, such as H100: hours are told, too.")] = None,
 ) -> None:
     """Check settings, data, tokenizer and resources, and print the plan. Trains nothing."""
+    if (gpus_per_node is None) != (gpu_memory is None) or (gpus_per_node is None and (nodes or gpu_name) is not None):
+        raise InputError(
+            "a plan for other machines needs --gpus-per-node and --gpu-memory",
+            where="unlearn validate",
+            fix="for instance --nodes 2 --gpus-per-node 8 --gpu-memory 80",
+        )
     experiment = _experiment(config, overrides)
     from launcher.stages import validate_experiment
 
-    validate_experiment(experiment=experiment, resolved=resolved)
+    wanted = None
+    if gpus_per_node is not None and gpu_memory is not None:
+        from launcher.sweep_plan import NodesWanted
+
+        wanted = NodesWanted(number=nodes or 1, gpus=gpus_per_node, gpu_memory_gib=gpu_memory, gpu_name=gpu_name)
+    validate_experiment(experiment=experiment, resolved=resolved, nodes=wanted)
 
 
 @app.command(epilog="Example: unlearn memorize quickstart.yaml target.num_train_epochs=40")
@@ -171,13 +194,20 @@ def train(
 
 @app.command(epilog="Example: unlearn sweep olmo-1b.yaml sweep.num_trials=4 --dry-run")
 def sweep(
-    config: Config,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file of the experiment.", show_default=False)] = None,
     overrides: Overrides = None,
+    config_option: Annotated[
+        str | None, typer.Option("--config", "-c", metavar="CONFIG", help="The same as CONFIG.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the trials, run none.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Keep what an earlier start of this run finished.")] = True,
 ) -> None:
     """Sweep trials, pick a pair, merge it, evaluate everything, write the report."""
-    experiment = _experiment(config, overrides)
+    if config_option is not None:  # then the first argument is an override
+        config, overrides = config_option, [*([config] if config else []), *(overrides or [])]
+    if config is None:
+        raise InputError("Missing argument CONFIG", where="unlearn sweep", fix="name a YAML file, such as one that `unlearn init` writes")
+    experiment = _experiment(Path(config), overrides)
     from launcher.stages import run_sweep
 
     run_sweep(experiment=experiment, resume=resume, dry_run=dry_run)
@@ -197,6 +227,7 @@ def merge(
     weights: Annotated[list[float] | None, typer.Option(metavar="W...", help="One factor per trial.", show_default=False)] = None,
     trim_scope: Annotated[str | None, typer.Option(metavar="tensor|model", help="ties: where the density holds.")] = None,
     trim_count: Annotated[str | None, typer.Option(metavar="floor|floor_plus_one", help="ties: elements kept of a whole model.")] = None,
+    equal_magnitudes: Annotated[str | None, typer.Option(metavar="first|topk", help="ties: which of equal ones stay at a border.")] = None,
     elect: Annotated[str | None, typer.Option(metavar="unweighted|weighted", help="Signs elected before or after the weights.")] = None,
     divisor: Annotated[str | None, typer.Option(metavar="count|weight", help="What the mean of agreeing trials divides by.")] = None,
     zero_sum: Annotated[str | None, typer.Option(metavar="positive|drop|majority", help="The sign where values sum to zero.")] = None,
@@ -212,7 +243,8 @@ def merge(
     """Merge adapters or full checkpoints onto their base, without a sweep. docs/merging.md describes the methods."""
     config = _merge_config(
         method=method, convention=convention, density=density, scale=scale, weights=weights or None, trim_scope=trim_scope,
-        trim_count=trim_count, elect=elect, divisor=divisor, zero_sum=zero_sum, epsilon=epsilon, gamma=gamma, rescale=rescale, seed=seed,
+        trim_count=trim_count, equal_magnitudes=equal_magnitudes, elect=elect, divisor=divisor, zero_sum=zero_sum, epsilon=epsilon,
+        gamma=gamma, rescale=rescale, seed=seed,
     )  # fmt: skip
     if weights and len(weights) != len(trial):
         raise InputError(f"{len(weights)} weights for {len(trial)} trials", where="--weights", fix="give one number per --trial")
@@ -327,8 +359,10 @@ def audit(
 def report(run: RunFolder) -> None:
     """Rebuild the report of a run from its files."""
     from launcher.report import build_report
+    from launcher.storage import bring_report
 
-    print(f"wrote {build_report(_run_folder(run))}")
+    folder = _run_folder(run)
+    print(f"wrote {bring_report(build_report(folder))}")
 
 
 @app.command(epilog="Example: unlearn status runs/quickstart")
@@ -337,6 +371,14 @@ def status(run: RunFolder) -> None:
     from launcher.status import print_status
 
     print_status(_run_folder(run))
+
+
+@app.command(epilog="Example: unlearn sync runs/olmo-1b")
+def sync(run: RunFolder) -> None:
+    """Upload what a run has written to Weights & Biases offline."""
+    from launcher.tracking.sync import sync_run
+
+    print(sync_run(_run_folder(run), environment=os.environ))
 
 
 def _experiment(
@@ -349,6 +391,12 @@ def _experiment(
 
 
 def _run_folder(run: Path) -> Path:
+    from launcher.storage_place import given_uri, is_uri
+
+    if is_uri(given_uri(run)):
+        from launcher.storage import fetch_run
+
+        return fetch_run(given_uri(run))
     if not run.is_dir():
         raise InputError("run folder not found", where=str(run), fix="give the folder that a sweep wrote, such as runs/quickstart")
     return run
@@ -454,6 +502,10 @@ _MACHINE_ERRORS = {
     errno.EMFILE: "raise the limit on open files: ulimit -n 65536",
     errno.ENFILE: "raise the machine's limit on open files",
     errno.EIO: "look at the disk: the system log says more",
+    **dict.fromkeys(
+        (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
+        "bring the file system back, then run the same command again",
+    ),
 }
 """What to do about errors of the operating system that no input causes."""
 

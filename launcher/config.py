@@ -9,11 +9,14 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from eval.config import EvalConfig
+from launcher.storage_place import is_uri, join_uri, uri_problem, working_copy
+from launcher.tracking.config import TrackingConfig
 from merging.config import MergeConfig, PairConfig
 from trainers.config import Frozen, TrainConfig
 from trainers.memorize import MemorizeConfig
 
 Fold = Literal["train", "validation", "test"]
+Search = Literal["random", "grid", "sobol", "optuna"]
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -87,24 +90,74 @@ class DataConfig(Frozen):
         return self
 
 
+class RungsConfig(Frozen):
+    """When trials that others beat are stopped early."""
+
+    epochs: tuple[float, ...] = Field(
+        min_length=1, description="epochs of a rung, ascending; a trial is judged by its first signals at or after each (train.signals)"
+    )
+    keep: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of the trials on one side of the pair that goes on: a trial is stopped where at least this share of them "
+        "beats it in forgetting and in retention; 1 stops none",
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> RungsConfig:
+        if self.epochs[0] <= 0 or any(later <= earlier for earlier, later in zip(self.epochs, self.epochs[1:], strict=False)):
+            raise ValueError("epochs must be above 0 and ascend")
+        return self
+
+
+class BudgetConfig(Frozen):
+    """What the trials of a sweep may take, over all its starts; num_trials limits their number."""
+
+    gpu_hours: float | None = Field(
+        None, gt=0, description="hours times GPUs (times ranks where there are no GPUs) of all trials together; null: no limit"
+    )
+    hours: float | None = Field(None, gt=0, description="hours of wall-clock time of the trials' stage; null: no limit")
+    finish_running: bool = Field(
+        True, description="whether trials that run when the budget is used up go on to their end; else they stop with a checkpoint"
+    )
+
+
 class SweepConfig(Frozen):
     """How many trials are drawn, and what each of them may use."""
 
     num_trials: int = Field(8, ge=1, description="trials, start points included")
-    search: Literal["random", "grid"] = Field("random", description="random draws, or every combination of the `values`")
+    search: Search = Field(
+        "random",
+        description="random draws; grid: every combination of the `values`; sobol: draws that fill the space evenly; "
+        "optuna: proposals that follow what earlier trials forgot and retained",
+    )
+    startup_trials: int | None = Field(
+        None,
+        ge=1,
+        description="search: optuna only: trials before the first proposal, start points included, the others even draws; "
+        "null: twice as many as searched settings, at least 4",
+    )
+    rungs: RungsConfig | None = Field(None, description="stop trials early that others beat; null: every trial runs to its end")
+    budget: BudgetConfig = BudgetConfig()
     start_points: tuple[dict[str, Any], ...] = Field(
         (),
         description="settings under `train` tried before any draw; a searched key they leave out takes the first of its values "
         "or the middle of its range",
     )
     max_failures: int = Field(1, ge=0, description="times a failed trial is started again")
+    max_preemptions: int = Field(10, ge=0, description="times a trial is started again after a machine it ran on was lost")
     cpus_per_rank: float = Field(1.0, gt=0, description="CPU cores reserved for each rank of a trial")
     gpus_per_rank: float | None = Field(
         None, ge=0, le=1, description="GPUs reserved for each rank; below 1 several trials share a GPU; null: 1 if there are GPUs, else 0"
     )
     max_concurrent: int | None = Field(None, ge=1, description="trials at the same time; null: as many as fit")
     trial_timeout_s: float | None = Field(None, gt=0, description="seconds after which a trial is stopped; null: no limit")
-    stall_s: float = Field(600, gt=0, description="seconds without a sign of life after which a trial counts as stuck")
+    stall_s: float = Field(
+        600,
+        gt=0,
+        description="seconds without a sign of life after which a trial counts as stuck; before its first step, ten minutes or more",
+    )
 
 
 class ExperimentConfig(Frozen):
@@ -112,7 +165,11 @@ class ExperimentConfig(Frozen):
 
     name: str = Field(pattern=RUN_NAME, description="name of the run folder: letters, digits and . _ -")
     seed: int = Field(42, ge=0, description="every trial's own seed follows from it")
-    storage_path: str = Field("runs", min_length=1, description="folder that holds the run folder")
+    storage_path: str = Field(
+        "runs",
+        min_length=1,
+        description="folder that holds the run folder: of this machine, of a mount that all machines share, or a URI such as s3://BUCKET/runs",
+    )
     model: ModelConfig = ModelConfig()
     target: MemorizeConfig | None = Field(None, description="how `unlearn memorize` builds the target model")
     data: DataConfig
@@ -121,11 +178,17 @@ class ExperimentConfig(Frozen):
     eval: EvalConfig = EvalConfig()
     merge: MergeConfig = MergeConfig()
     pairs: PairConfig = PairConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_uri(self) -> str | None:
+        """Where the run lives, if that is no folder."""
+        return join_uri(self.storage_path, self.name) if is_uri(self.storage_path) else None
 
     @property
     def run_folder(self) -> Path:
-        """RUN: everything that the experiment writes lies below it."""
-        return Path(self.storage_path).expanduser() / self.name
+        """RUN: everything that the experiment writes lies below it; this machine's working copy of a run that lives at a URI."""
+        return working_copy(self.run_uri) if self.run_uri else Path(self.storage_path).expanduser() / self.name
 
     @model_validator(mode="after")
     def _relations(self) -> ExperimentConfig:
@@ -139,7 +202,7 @@ class ExperimentConfig(Frozen):
 def experiment_relations(config: ExperimentConfig) -> list[Relation]:
     """The rules between settings that an experiment breaks; empty if none."""
     broken = train_relations(config.train)
-    sweep, ranks = config.sweep, config.train.engine.ranks
+    sweep, ranks = config.sweep, config.train.engine.num_ranks
     if config.model.model_name_or_path is None and config.target is None:
         broken.append(
             Relation(
@@ -148,16 +211,23 @@ def experiment_relations(config: ExperimentConfig) -> list[Relation]:
                 ("model", "target"),
             )
         )
-    if "://" in config.storage_path:
-        broken.append(
-            Relation("storage_path", f"must be a folder of this machine or a mounted one, not {config.storage_path}", ("storage_path",))
-        )
+    problem = uri_problem(config.storage_path) if is_uri(config.storage_path) else None
+    if problem is not None:
+        broken.append(Relation("storage_path", problem, ("storage_path",)))
     if len(sweep.start_points) > sweep.num_trials:
         broken.append(
             Relation(
                 "sweep.num_trials",
                 f"{len(sweep.start_points)} start points do not fit into {sweep.num_trials} trials: raise num_trials, or drop start points",
                 ("sweep.num_trials", "sweep.start_points"),
+            )
+        )
+    if sweep.rungs is not None and config.train.signals == 0:
+        broken.append(
+            Relation(
+                "sweep.rungs",
+                "rungs compare signals, but train.signals = 0: measure some, or drop sweep.rungs",
+                ("sweep.rungs", "train.signals"),
             )
         )
     if ranks > 1 and sweep.gpus_per_rank is not None and 0 < sweep.gpus_per_rank < 1:
@@ -175,7 +245,7 @@ def experiment_relations(config: ExperimentConfig) -> list[Relation]:
 def train_relations(train: TrainConfig) -> list[Relation]:
     """The rules between the settings of one trial that it breaks; empty if none. Paths start with ``train.``."""
     broken = []
-    batch, micro, ranks = train.train_batch_size, train.per_device_train_batch_size, train.engine.ranks
+    batch, micro, ranks = train.train_batch_size, train.micro_batch_size, train.engine.num_ranks
     if micro > batch:
         broken.append(
             Relation(

@@ -64,22 +64,28 @@ def settings(overrides: Mapping[str, Any]) -> str:
 
 @dataclass
 class Eta:
-    """Time left in a sweep, from the mean of the trials that have finished."""
+    """Time left in a sweep, from the pace of the trials that have finished.
 
-    total: int
+    Args:
+        total: what all trials cost together; their number where all cost the same.
+        concurrency: trials at the same time.
+    """
+
+    total: float
     concurrency: int = 1
     seconds: list[float] = field(default_factory=list)
+    cost: float = 0.0
 
-    def finished(self, seconds: float) -> None:
-        """Count one finished trial and the seconds it took."""
+    def finished(self, seconds: float, *, cost: float = 1.0) -> None:
+        """Count one finished trial, the seconds it took and what it was expected to cost."""
         self.seconds.append(seconds)
+        self.cost += cost
 
     def remaining_s(self) -> float | None:
         """Expected seconds until the last trial ends; None before the first has finished."""
-        if not self.seconds:
+        if not self.cost:
             return None
-        mean = sum(self.seconds) / len(self.seconds)
-        return mean * max(0, self.total - len(self.seconds)) / max(1, self.concurrency)
+        return sum(self.seconds) / self.cost * max(0.0, self.total - self.cost) / max(1, self.concurrency)
 
 
 class Console:
@@ -127,6 +133,18 @@ class Console:
             left = f", about {duration(eta_s)} left" if eta_s and done < total else ""
             word = self._style("finished", "green")
             self._write(f"  {name}  {word}  {_one_line(headline)}  {duration(seconds)}  ({done} of {total}{left})")
+
+    def trial_again(self, name: str, *, reason: str, errors: int, preemptions: int) -> None:
+        """A trial begins once more, after an error of its own or because its machine was lost."""
+        if not self.quiet:
+            self._write(f"  {name}  again     {_one_line(reason)}  ({errors} errors, {preemptions} preemptions so far)")
+
+    def trial_stopped(self, name: str, *, reason: str, seconds: float, done: int, total: int, eta_s: float | None = None) -> None:
+        """A trial was ended before its last step, as planned: pruned, out of budget, interrupted."""
+        if not self.quiet:
+            left = f", about {duration(eta_s)} left" if eta_s and done < total else ""
+            word = self._style("stopped", "dim")
+            self._write(f"  {name}  {word}   {_one_line(reason)}  {duration(seconds)}  ({done} of {total}{left})")
 
     def trial_failed(
         self,

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
-import netrc
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from trainers.errors import SetupError
+from launcher.check import GIB, Check, first_line
+from launcher.gpus import GpuProcess, foreign_processes, list_gpus
+from launcher.storage_place import is_uri
+from trainers.errors import InputError
+from trainers.files import check_writable
 
-GIB = 1 << 30
 MIN_PYTHON = (3, 11)
 MIN_DEEPSPEED = (0, 19, 8)
 IMPORT_LIMIT_S = 120
+_PREBUILT = "prebuilt: "
+_DEEPSPEED_VERSION = f"""
+import deepspeed
+from deepspeed.git_version_info import installed_ops
+print("{_PREBUILT}" + ", ".join(name for name, built in installed_ops.items() if built and name != "deepspeed_not_implemented"))
+print(deepspeed.__version__)
+"""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line: ``fail`` is required for any run, ``warn`` limits what can be run."""
-
-    status: Literal["pass", "warn", "fail"]
-    text: str
-    fix: str | None = None
-
-
-def run_doctor(*, cluster: bool, folder: Path | None = None) -> int:
+def run_doctor(*, cluster: bool, storage: str | None = None, folder: Path | None = None) -> int:
     """Print all checks.
+
+    Args:
+        cluster: look at the Ray cluster, too.
+        storage: where runs are to be written; written to and read from by every node, or by this machine.
+        folder: of the disk that is looked at; the working folder.
 
     Returns:
         3 if something required is missing, else 0.
@@ -41,7 +44,7 @@ def run_doctor(*, cluster: bool, folder: Path | None = None) -> int:
         SetupError: if a cluster was asked for and there is none to connect to.
     """
     worst = 0
-    for check in _checks(folder=folder or Path.cwd(), cluster=cluster):
+    for check in _checks(folder=folder or Path.cwd(), cluster=cluster, storage=storage):
         print(f"{check.status}  {check.text}", flush=True)
         if check.fix:
             print(f"      fix: {check.fix}", flush=True)
@@ -49,22 +52,28 @@ def run_doctor(*, cluster: bool, folder: Path | None = None) -> int:
     return worst
 
 
-def _checks(*, folder: Path, cluster: bool) -> Iterator[Check]:
+def _checks(*, folder: Path, cluster: bool, storage: str | None) -> Iterator[Check]:
     yield check_python(sys.version_info[:3])
     torch_check, gpus = check_torch()
     yield torch_check
     yield from gpus
+    yield from gpu_processes(foreign_processes(list_gpus()))
     for name in ("transformers", "peft", "safetensors", "scikit-learn", "rouge-score"):
         yield check_package(name)
     yield check_deepspeed(has_gpu=any(check.status == "pass" for check in gpus))
+    yield check_compiler(os.environ)
     yield check_ray()
     yield check_cores()
     yield check_memory()
     yield check_disk(folder)
     yield check_wandb(os.environ)
     yield check_hub(os.environ)
+    if storage is not None and not cluster:
+        yield check_storage(storage)
     if cluster:
-        yield from check_cluster()
+        from launcher.doctor_cluster import check_cluster
+
+        yield from check_cluster(storage=storage)
 
 
 def check_python(version: tuple[int, ...]) -> Check:
@@ -86,7 +95,7 @@ def check_torch() -> tuple[Check, list[Check]]:
     try:
         import torch
     except Exception as error:
-        return Check("fail", f"torch cannot be imported: {_first_line(error)}", "pip install torch"), []
+        return Check("fail", f"torch cannot be imported: {first_line(error)}", "pip install torch"), []
     found = Check("pass", f"torch {torch.__version__}")
     if not torch.cuda.is_available():
         fix = "the quickstart needs none; for real models use a machine with an NVIDIA GPU and a CUDA build of torch"
@@ -100,12 +109,21 @@ def check_torch() -> tuple[Check, list[Check]]:
     return found, gpus
 
 
+def gpu_processes(processes: Sequence[GpuProcess], *, where: str = "") -> Iterator[Check]:
+    """One warning per process that holds memory of a GPU; it is named, and left alone."""
+    for process in processes:
+        owner = f"pid {process.pid}" + (f" of {process.user}" if process.user else "")
+        amount = "memory" if process.used_bytes is None else f"{process.used_bytes / GIB:.1f} GiB"
+        text = f"{where}GPU {process.gpu}: {process.name} ({owner}) holds {amount}"
+        yield Check("warn", text, "wait until it ends, or ask its owner; nothing is stopped from here")
+
+
 def check_deepspeed(*, has_gpu: bool, run: Callable[..., Any] = subprocess.run) -> Check:
     """Import DeepSpeed in a process of its own: it prints, takes seconds, and a broken build may take the process down."""
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", **({} if has_gpu else {"DS_ACCELERATOR": "cpu"})}
     try:
         done = run(
-            [sys.executable, "-c", "import deepspeed; print(deepspeed.__version__)"],
+            [sys.executable, "-c", _DEEPSPEED_VERSION],
             capture_output=True,
             text=True,
             timeout=IMPORT_LIMIT_S,
@@ -116,18 +134,27 @@ def check_deepspeed(*, has_gpu: bool, run: Callable[..., Any] = subprocess.run) 
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Check("fail", f"deepspeed cannot be imported: {last}", "pip install --force-reinstall --no-deps 'deepspeed>=0.19.8'")
-    version = done.stdout.strip().splitlines()[-1]
+    lines = ["", *done.stdout.strip().splitlines()]
+    before, version = lines[-2], lines[-1]
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
     if numbers < MIN_DEEPSPEED:
         return Check("fail", f"deepspeed {version}", "pip install 'deepspeed>=0.19.8'")
-    return Check("pass", f"deepspeed {version}")
+    prebuilt = before.removeprefix(_PREBUILT) if before.startswith(_PREBUILT) else ""
+    return Check("pass", f"deepspeed {version}, operations built with it: {prebuilt or 'none'} (none are needed)")
+
+
+def check_compiler(environment: Mapping[str, str]) -> Check:
+    """DeepSpeed compiles operations when they are first used; trials use none, so that a missing compiler is no fault."""
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    return Check("pass", f"DeepSpeed will compile nothing: AdamW is torch's, nothing is offloaded; nvcc: {nvcc or 'no (not needed)'}")
 
 
 def check_ray() -> Check:
     try:
         import ray
     except Exception as error:
-        return Check("fail", f"ray cannot be imported: {_first_line(error)}", "pip install 'ray[default,tune]'")
+        return Check("fail", f"ray cannot be imported: {first_line(error)}", "pip install 'ray[default,tune]'")
     return Check("pass", f"ray {ray.__version__}")
 
 
@@ -158,77 +185,29 @@ def check_disk(folder: Path) -> Check:
     return Check("pass", text)
 
 
+def check_storage(storage: str) -> Check:
+    """Whether this machine may write to a folder that is to hold runs."""
+    if is_uri(storage):
+        return Check("warn", f"storage {storage}: not checked", "add --cluster: every node writes and reads there")
+    try:
+        check_writable(Path(storage).expanduser())
+    except InputError as error:
+        return Check("fail", f"storage {storage}: {error.what}", error.fix)
+    return Check("pass", f"storage {storage}: writable")
+
+
 def check_wandb(environment: Any) -> Check:
     """Whether there is a Weights & Biases key. The key itself is never read into the output."""
-    present = bool(environment.get("WANDB_API_KEY"))
-    if not present:
-        try:
-            present = netrc.netrc().authenticators("api.wandb.ai") is not None
-        except (OSError, netrc.NetrcParseError):
-            present = False
-    return Check("pass", f"Weights & Biases key: {'yes' if present else 'no (not needed)'}")
+    from launcher.tracking.mode import has_wandb_key
+
+    return Check("pass", f"Weights & Biases key: {'yes' if has_wandb_key(environment) else 'no (not needed)'}")
 
 
 def check_hub(environment: Any) -> Check:
+    """Whether the Hugging Face hub may be asked, and whether there is a token. The token itself is never read into the output."""
     offline = str(environment.get("HF_HUB_OFFLINE", "")).upper() in {"1", "ON", "YES", "TRUE"}
-    return Check("pass", f"Hugging Face hub: {'offline' if offline else 'online allowed'}; models are read from local folders")
-
-
-def check_cluster() -> Iterator[Check]:
-    """Every node of the running Ray cluster, with the versions it has.
-
-    Raises:
-        SetupError: if there is no cluster.
-    """
-    import ray
-
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        raise SetupError(
-            "no Ray cluster to connect to",
-            where=f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '(not set)')}",
-            why=_first_line(error),
-            fix="start one with `ray start --head` or `ray up cluster.yaml`, or run this on its head node",
-        ) from None
-    try:
-        yield from _nodes(ray)
-    finally:
-        ray.shutdown()
-
-
-def _nodes(ray: Any) -> Iterator[Check]:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    def versions() -> tuple[str, str]:
-        import platform
-
-        import ray
-
-        return platform.python_version(), ray.__version__
-
-    here = versions()
-    task = ray.remote(num_cpus=0, max_retries=0)(versions)
-    for node in ray.nodes():
-        name = node.get("NodeManagerHostname", node["NodeID"][:8])
-        if not node["Alive"]:
-            yield Check("warn", f"node {name} is dead", "the cluster works without it; restart it with `ray start --address=HEAD:6379`")
-            continue
-        resources = node["Resources"]
-        amounts = {kind: resources.get(kind, 0) for kind in ("CPU", "GPU", "memory")}
-        text = f"node {name}: {amounts['CPU']:g} CPU cores, {amounts['GPU']:g} GPUs, {amounts['memory'] / GIB:.0f} GiB"
-        where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        try:
-            there = ray.get(task.options(scheduling_strategy=where).remote(), timeout=60)
-        except Exception as error:
-            yield Check("fail", f"{text}; it does not answer: {_first_line(error)}", "restart Ray on that node")
-            continue
-        text += f", python {there[0]}, ray {there[1]}"
-        if there != here:
-            yield Check("fail", f"{text}; here python {here[0]}, ray {here[1]}", "install the same versions on all nodes")
-        else:
-            yield Check("pass", text)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    home = Path(environment.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    file = Path(environment.get("HF_TOKEN_PATH") or home / "token").expanduser()
+    token = bool(environment.get("HF_TOKEN")) or (file.is_file() and file.stat().st_size > 0)
+    state = "offline" if offline else "online allowed"
+    return Check("pass", f"Hugging Face hub: {state}, token: {'yes' if token else 'no (not needed)'}; models are read from local folders")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import elsewhere
 from launcher.config import ExperimentConfig
 from launcher.data import PreparedData
 from launcher.merge_scorer import FOLD, MergeScorer, report_folder
@@ -35,8 +36,24 @@ MEASUREMENTS = "pairs-measured.jsonl"
 """Every measurement of the pair search, appended as it is made: a search that was killed repeats none of them."""
 
 
-def finish_run(run: Run, *, config: ExperimentConfig, data: PreparedData, specs: tuple[TrialSpec, ...], target: Path) -> None:
+def finish_run(
+    run: Run,
+    *,
+    config: ExperimentConfig,
+    data: PreparedData,
+    specs: tuple[TrialSpec, ...],
+    target: Path,
+    ahead: elsewhere.Ahead = elsewhere.not_ahead,
+) -> None:
     """Everything after the trials; repeats nothing that is already there.
+
+    Args:
+        run: the run.
+        config: the experiment.
+        data: its documents.
+        specs: its trials.
+        target: what they started from.
+        ahead: computes on a machine with a GPU, where this one has none.
 
     Raises:
         RunError: after the report is written, if no trial is alive.
@@ -54,7 +71,7 @@ def finish_run(run: Run, *, config: ExperimentConfig, data: PreparedData, specs:
             result = find_pair(run, config=config, trials=trials, scorer=scorer, run_tasks=run_tasks)
         run.console.line(f"  {result.sentence}")
     with run.stage("merge", "Merge: the best model, written and read again"):
-        delivered = deliver(run, config=config, data=data, result=result, scorer=scorer)
+        delivered = deliver(run, config=config, data=data, result=result, scorer=scorer, ahead=ahead)
     with run.stage("report", "Report"):
         write_results(run.folder, assemble(run, config=config, trials=trials, result=result, delivered=delivered))
         if delivered is not None:
@@ -169,7 +186,10 @@ def find_pair(
         trial = folder / "trials" / entry.name / FOLD_FILES[FOLD]
         if entry.role == "trial" and trial.exists():
             return _read_report(trial)
-        return _read_report(report_folder(folder, ledger.full_key(merge_of(entry))) / FOLD_FILES[FOLD])
+        place = report_folder(folder, ledger.full_key(merge_of(entry))) / FOLD_FILES[FOLD]
+        if not place.exists():  # another machine may have measured it
+            run.storage.pull("pairs")
+        return _read_report(place)
 
     def gain(entry: Contestant, other: Contestant) -> Mapping[str, float] | None:
         settings = config.pairs
@@ -192,7 +212,15 @@ def merge_of(entry: Contestant) -> Merge:
     return Merge(entry.parents, entry.config) if entry.config is not None else single(entry.name, scale=1.0)
 
 
-def deliver(run: Run, *, config: ExperimentConfig, data: PreparedData, result: PairSearchResult, scorer: MergeScorer) -> str | None:
+def deliver(
+    run: Run,
+    *,
+    config: ExperimentConfig,
+    data: PreparedData,
+    result: PairSearchResult,
+    scorer: MergeScorer,
+    ahead: elsewhere.Ahead = elsewhere.not_ahead,
+) -> str | None:
     """Write the winner to ``merged/`` and score it, and score what it is compared with; the winner's name, or None.
 
     The winner of the validation fold is delivered even where that is a single checkpoint: a merge that does not pay is not handed out.
@@ -212,8 +240,10 @@ def deliver(run: Run, *, config: ExperimentConfig, data: PreparedData, result: P
             # A start before this one may have ended with other trials and another winner.
             _forget_scores(folder)
             merge_checkpoint(base=scorer.target, trials=parents, out=folder, config=merge.config)
+        ahead(elsewhere.score_delivered_ahead, config=config, data=data, folder="merged", name="merged")
         evaluate_folder(folder, config=config, data=data, folder=folder, name="merged")
         run.console.line(f"  {delivered} written to {folder}")
+    controls: dict[str, Merge] = {}
     for name, merge in others.items():
         place = model_place(run.folder, name=name, delivered=delivered)
         if place.parent.name == "controls":
@@ -222,7 +252,10 @@ def deliver(run: Run, *, config: ExperimentConfig, data: PreparedData, result: P
             if not (place / "recipe.json").exists() or read_json(place / "recipe.json") != recipe:
                 _forget_scores(place)
                 write_json(place / "recipe.json", recipe)
-            scorer.evaluate(merge, folder=place, name=f"controls/{name}", folds=("test",))
+            controls[f"controls/{name}"] = merge
+    ahead(elsewhere.score_merges_ahead, scorer=scorer, merges=controls, folds=("test",))
+    for name, merge in controls.items():
+        scorer.evaluate(merge, folder=run.folder / name, name=name, folds=("test",))
     return delivered
 
 

@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from launcher.config import ExperimentConfig, train_relations
+from launcher.masking import hide_secrets, names_secret, secrets_of
 from launcher.problems import Problem, field_at, findings, looks_secret, mask, nearest, report
 from launcher.search_space import Choice, Domain, Range, SearchSpace, flatten_overrides, set_path
+from launcher.templates import find_recipe
 from launcher.yaml_text import dump_values, join_path, parse_scalar, parse_yaml
 from trainers.config import TrainConfig
 from trainers.errors import InputError
@@ -47,7 +50,8 @@ def load_experiment(
     """Read and check an experiment.
 
     Args:
-        path: YAML file. ``${oc.env:NAME}`` and other OmegaConf interpolations are resolved.
+        path: YAML file, or the name of a shipped recipe where there is no such file.
+            ``${oc.env:NAME}`` and other OmegaConf interpolations are resolved.
         overrides: ``a.b=c`` with a YAML value; ``c`` may be a domain such as ``{values: [1, 2]}``.
         require: what the command needs beyond a valid file: ``one_trial`` refuses searched settings,
             ``target`` refuses a file without a ``target`` section.
@@ -55,13 +59,9 @@ def load_experiment(
     Raises:
         InputError: naming every problem with its path, line and remedy.
     """
-    path = Path(path)
+    path = find_recipe(Path(path))
     values, lines, problems = _read(path, overrides)
-    secrets = [
-        Problem(where, "looks like an access key: keys do not belong in a configuration; delete it and set it in the environment")
-        for where, text in _texts(values)
-        if looks_secret(text)
-    ]
+    secrets = _secret_problems(values, environment=os.environ)
     values, space = _lift_domains(values, problems=problems)
     config, valid = _validate(values, space=space, problems=problems)
     _check_candidates(valid, points=_start_points(values), space=space, problems=problems)
@@ -146,6 +146,30 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], *, lines:
     return {str(key): value for key, value in resolved.items()}
 
 
+def _secret_problems(values: Mapping[str, Any], *, environment: Mapping[str, str]) -> list[Problem]:
+    """A problem for everything that is an access key: by its look, by the name of its setting, or because the environment calls it one."""
+    known = secrets_of(environment)
+    fix = "keys do not belong in a configuration; delete it and set it in the environment"
+    found = dict.fromkeys(_secret_names(values), "is the name of an access key")
+    for where, text in _texts(values):
+        if looks_secret(text) or hide_secrets(text, secrets=known) != text:
+            found[where] = "looks like an access key"
+    return [Problem(where, f"{what}: {fix}") for where, what in found.items()]
+
+
+def _secret_names(values: Any, path: str = "") -> Iterator[str]:
+    """Paths of the settings that hold a text and are named like an access key."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            place = join_path(path, str(key))
+            if isinstance(value, str) and names_secret(str(key)):
+                yield place
+            yield from _secret_names(value, place)
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from _secret_names(value, join_path(path, index))
+
+
 # ---- search domains
 
 
@@ -197,7 +221,7 @@ def _parse_domain(spec: dict[str, Any], *, path: str, problems: list[Problem]) -
         elif len({json.dumps(item, sort_keys=True, default=str) for item in items}) < len(items):
             problems.append(Problem(f"{full}.values", "lists a value twice; delete one", items))
         return Choice(tuple(items)) if len(problems) == before else None
-    return _parse_range(spec, full=full, whole=field.annotation is int, problems=problems)
+    return _parse_range(spec, full=full, whole=field.annotation in (int, int | None), problems=problems)
 
 
 def _parse_range(spec: dict[str, Any], *, full: str, whole: bool, problems: list[Problem]) -> Range | None:

@@ -1,8 +1,10 @@
-"""Hiding personal data in texts that a report shows to strangers."""
+"""Hiding what strangers must not read: personal data in texts, keys and places of a machine in settings."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 DOT = "•"
 
@@ -59,3 +61,57 @@ def mask_row_text(text: str, *, task: str, kind: str, is_answer: bool) -> str:
     if is_answer and kind != "sc":
         return mask_answer(text)
     return re.sub(r"\d", DOT, mask_personal_data(text))
+
+
+# ---- keys and places of a machine
+
+HIDDEN = "(hidden)"
+
+_SECRET_NAME = re.compile(r"(api_?key|(^|[._-])key$|(^|[._-])token$|secret|password|passwd|credential)", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY_ID)$", re.IGNORECASE)
+_SHORTEST_SECRET = 12
+"""Characters; what is shorter is a word that a text may hold by chance."""
+
+
+def names_secret(name: str) -> bool:
+    """Whether a setting of this name holds a key, such as ``api_key`` or ``hub.token``; ``max_new_tokens`` does not."""
+    return bool(_SECRET_NAME.search(name))
+
+
+def redact(value: Any, *, key: str = "") -> Any:
+    """The same value without anything whose key names a secret."""
+    if isinstance(value, Mapping):
+        return {str(name): redact(item, key=str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item, key=key) for item in value]
+    return HIDDEN if isinstance(value, str) and value and names_secret(key) else value
+
+
+def secrets_of(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The values of variables whose names end in KEY, TOKEN, SECRET, PASSWORD or the like, longest first.
+
+    A value that is a path is no secret: ``SSH_KEY=/home/me/.ssh/id`` says where a key lies.
+    """
+    values = {value for name, value in environment.items() if _SECRET_VARIABLE.search(name)}
+    return tuple(sorted((value for value in values if len(value) >= _SHORTEST_SECRET and value[0] not in "/~."), key=len, reverse=True))
+
+
+def hide_secrets(text: str, *, secrets: Sequence[str]) -> str:
+    """The text with every secret replaced."""
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def hide_places(value: Any) -> Any:
+    """The same value with the last part only of every path, because the rest tells about a machine and its user.
+
+    A name with one slash, such as ``allenai/OLMo-1B``, is taken for a model of a hub and stays.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): hide_places(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [hide_places(item) for item in value]
+    if isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or value.count("/") > 1):
+        return f"…/{value.rstrip('/').rpartition('/')[2]}"
+    return value

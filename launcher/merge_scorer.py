@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from launcher.config import ExperimentConfig
 from launcher.data import PreparedData
 from launcher.scoring import FOLD_FILES, evaluate_folds
+from launcher.storage import RESUME_ONLY, TRIAL_INPUTS, run_address, run_folder, storage_of
+from launcher.storage_place import is_uri
 from merging.ledger import Merge, Task
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ FOLD = "validation"
 class MergeScorer:
     """Builds merges in memory and measures them; the model is loaded at the first of them.
 
-    Sent to another process it loads a model of its own there.
+    Sent to another process it loads a model of its own there; on another machine it works on a copy of the run.
 
     Args:
         run: the run folder; full evaluations are written to ``pairs/`` below it.
@@ -43,12 +45,29 @@ class MergeScorer:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("run", "config", "data", "target", "checkpoints")
-        return {name: self.__dict__[name] for name in kept}
+        return {name: self.__dict__[name] for name in kept} | {"address": run_address(self.run)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        address, there = state.pop("address"), Path(state["run"])
+        self.__dict__.update(state)
+        if not is_uri(address):
+            return
+        storage_of(address).pull(*TRIAL_INPUTS, "trials", skip=RESUME_ONLY)
+        self.run = run_folder(address)
+
+        def here(path: Path) -> Path:
+            return self.run / path.relative_to(there) if path.is_relative_to(there) else path
+
+        self.target = here(self.target)
+        self.checkpoints = {name: here(path) for name, path in self.checkpoints.items()}
 
     def __call__(self, task: Task) -> Any:
         """A list of results, or the scores of a full evaluation, whose report it leaves under the task's key."""
         if task.start is None:
-            return self.evaluate(task.merge, folder=report_folder(self.run, task.key), name=task.name, folds=(FOLD,))
+            folder = report_folder(self.run, task.key)
+            scores = self.evaluate(task.merge, folder=folder, name=task.name, folds=(FOLD,))
+            storage_of(self.run).push(folder.relative_to(self.run).as_posix())
+            return scores
         self._apply(task.merge)
         settings = self.config.eval
         return self.examples.score(

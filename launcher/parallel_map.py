@@ -108,13 +108,14 @@ def parallel_map(*, workers: int | None, cpus: float) -> Iterator[Callable[..., 
     if workers == 1 or (workers is None and num_gpus < 2 and not os.environ.get("RAY_ADDRESS")):
         yield map
         return
-    from launcher.sweep import start_ray, stop_ray
+    from launcher.ray_session import start_ray, stop_ray
 
     resources = start_ray(cpus=max(os.cpu_count() or 1, int(cpus * (workers or 1)) + 1))
     try:
         num_gpus = resources.get("GPU", 0.0)
         number = workers or int(num_gpus)
-        if number < 2:
+        # One GPU of the cluster is better than none of this machine.
+        if number < 2 and not (number == 1 and torch.cuda.device_count() == 0):
             yield map
             return
         pool = ActorMap(workers=number, cpus=cpus, gpus=min(1.0, num_gpus / number))

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.masking import hide_secrets, secrets_of
+from launcher.problems import mask
 from trainers.files import read_json, write_json
 
 PACKAGES = ("unlearn-ties", "torch", "deepspeed", "transformers", "peft", "ray", "datasets", "accelerate", "rouge-score", "scikit-learn",
@@ -44,7 +46,9 @@ def git_state() -> dict[str, Any] | None:
 def record_provenance(run: Path, *, seed: int, hashes: dict[str, Any]) -> None:
     """Write ``provenance.json``; a resumed run adds its start to the list and keeps the rest."""
     path = Path(run) / FILE
-    start = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "folder": os.getcwd(), "versions": versions(), "git": git_state()}
+    # A key on the command line is refused where it is a setting; it may still stand in a path.
+    command = [mask(hide_secrets(word, secrets=secrets_of(os.environ))) for word in [Path(sys.argv[0]).name, *sys.argv[1:]]]
+    start = {"command": command, "folder": os.getcwd(), "versions": versions(), "git": git_state()}
     if path.exists():
         known = read_json(path)
         known["starts"] = [*known.get("starts", []), start]

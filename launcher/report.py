@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from launcher.console import duration, setting, short
+from launcher.masking import redact
 from launcher.plots import Plot, Point, curves_plot, merge_curve_plot, tradeoff_plot
 from launcher.report_data import (
     FOLD_FILES,
@@ -49,7 +49,6 @@ SCORE_COLUMNS = (
 )
 TRIAL_SCORES = ("forgetting", "retention", "mia_auc", "task_aggregate", "final_score")
 MAX_CURVES = 6
-_SECRET = re.compile(r"(api_?key|(^|[._-])key$|(^|[._-])token$|secret|password|passwd|credential)", re.IGNORECASE)
 
 
 def build_report(run: Path, *, mask: bool = True) -> Path:
@@ -325,15 +324,6 @@ def _trial_row(data: RunData, trial: Mapping[str, Any]) -> dict[str, Any]:
     log = last_log_lines(data.run, trial=trial["name"]) if trial["status"] == "failed" else []
     scores = {fold: [number(trial[fold].get(key)) for key in TRIAL_SCORES] for fold in FOLD_FILES}
     return {**keys, **scores, "parent": part, "overrides": trial["overrides"], "log": log}
-
-
-def redact(value: Any, *, key: str = "") -> Any:
-    """The same value without anything whose key names a secret."""
-    if isinstance(value, Mapping):
-        return {str(name): redact(item, key=str(name)) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item, key=key) for item in value]
-    return "(hidden)" if isinstance(value, str) and value and _SECRET.search(key) else value
 
 
 def command_text(data: RunData) -> str | None:

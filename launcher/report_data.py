@@ -200,7 +200,7 @@ def _trials(run: Path, *, results: Mapping[str, Any], missing: list[str]) -> tup
         if not results.get("run_finished"):
             trial["status"] = status.get("state") or trial.get("status")
         trial["status"] = trial.get("status") or "pending"
-        for key in ("verdict", "seconds", "error", "step", "num_steps"):
+        for key in ("verdict", "seconds", "error", "step", "num_steps", "reason", "errors", "preemptions"):
             if trial.get(key) is None and status.get(key) is not None:
                 trial[key] = status[key]
         if not trial.get("overrides"):

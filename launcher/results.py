@@ -39,7 +39,7 @@ def gather_trials(specs: Sequence[TrialSpec], *, run: Path) -> list[dict[str, An
             {
                 "name": spec.name,
                 "status": status["state"],
-                "verdict": "dead" if status["state"] == "stopped" and verdict is None else verdict,
+                "verdict": "dead" if verdict is None and _diverged(status) else verdict,
                 "overrides": spec.overrides,
                 "validation": validation,
                 "test": test,
@@ -49,6 +49,11 @@ def gather_trials(specs: Sequence[TrialSpec], *, run: Path) -> list[dict[str, An
             }
         )
     return trials
+
+
+def _diverged(status: Mapping[str, Any]) -> bool:
+    """Pruned trials and those out of budget have stopped alive; a status without a reason is from before there were reasons."""
+    return status["state"] == "stopped" and status.get("reason") in (None, "diverged")
 
 
 def _scores(path: Path) -> dict[str, Any] | None:

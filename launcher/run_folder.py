@@ -15,6 +15,7 @@ from launcher.data import PreparedData
 from launcher.events import EventLog
 from launcher.load import dump_yaml
 from launcher.search_space import SearchSpace
+from launcher.storage import RESUME_ONLY, RunStorage, attach, storage_of, telling
 from trainers.checkpoint import changed_keys
 from trainers.errors import InputError
 from trainers.files import check_writable, read_json, write_json, write_text
@@ -33,15 +34,32 @@ class Run:
         self.folder = Path(folder)
         self.console = console or Console()
         self.events = EventLog(self.folder)
+        self.storage = storage_of(self.folder)
+
+    @contextmanager
+    def kept_home(self) -> Iterator[None]:
+        """Bring everything to the run's home at the end of the block, however it ends.
+
+        Raises:
+            SetupError: if the home does not answer.
+        """
+        with telling():
+            try:
+                yield
+            finally:
+                self.storage.push()
+        if isinstance(self.storage, RunStorage):
+            self.console.line(f"home     {self.storage.uri}")
 
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        """Record a stage's start and end, and print its heading and time."""
+        """Record a stage's start and end, print its heading and time, and bring to the run's home what it made."""
         self.console.stage(title)
         self.events.started(name)
         started = time.time()
         yield
         self.events.finish(name, seconds=round(time.time() - started, 2))
+        self.storage.push()
 
     def timings(self) -> dict[str, float]:
         """Seconds spent per stage, over all starts of the run."""
@@ -50,6 +68,18 @@ class Run:
             if event["kind"] == "stage_finished":
                 total[event["stage"]] = round(total.get(event["stage"], 0.0) + float(event.get("seconds") or 0.0), 2)
         return total
+
+
+def open_run(config: ExperimentConfig) -> Run:
+    """The run of an experiment, with what its home holds already; a trial's optimizer state is left there for the trial to fetch.
+
+    Raises:
+        SetupError: if the home cannot be reached.
+    """
+    if config.run_uri is not None:
+        with telling():
+            attach(config.run_uri).pull(skip=RESUME_ONLY)
+    return Run(config.run_folder)
 
 
 def run_place(out: Path) -> tuple[str, str]:
@@ -106,7 +136,7 @@ def claim_run(config: ExperimentConfig, *, space: SearchSpace, data: PreparedDat
     Raises:
         InputError: if the folder belongs to a different experiment, cannot be written, or resuming was refused.
     """
-    run = Run(config.run_folder)
+    run = open_run(config)
     check_run_place(run.folder)
     facts = {name: domain.spec() for name, domain in space.domains.items()}
     resolved = {"config": config.model_dump(mode="json"), "space": facts, "data_hash": data.hash}
@@ -170,11 +200,20 @@ def _without_place(resolved: dict[str, Any]) -> dict[str, Any]:
     What the data say has a hash of its own, and the target's weights have one in ``target.json``.
     """
     free = {
-        "sweep": ("cpus_per_rank", "gpus_per_rank", "max_concurrent", "max_failures", "trial_timeout_s", "stall_s"),
+        "sweep": (
+            "budget",
+            "cpus_per_rank",
+            "gpus_per_rank",
+            "max_concurrent",
+            "max_failures",
+            "max_preemptions",
+            "trial_timeout_s",
+            "stall_s",
+        ),
         "data": ("path", "forget", "retain", "mia", "mmlu"),
         "model": ("model_name_or_path",),
     }
-    config = {key: value for key, value in resolved["config"].items() if key not in ("storage_path", "name")}
+    config = {key: value for key, value in resolved["config"].items() if key not in ("storage_path", "name", "tracking")}
     for section, keys in free.items():
         config[section] = {key: value for key, value in (config.get(section) or {}).items() if key not in keys}
     return resolved | {"config": config}

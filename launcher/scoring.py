@@ -20,6 +20,7 @@ from launcher.data import PreparedData
 if TYPE_CHECKING:
     from eval.mmlu import MmluData
     from eval.parts import UnitStore
+    from eval.progress import Meter
     from eval.report import EvalReport
     from trainers.data.types import AttackDocuments, ForgetRetain
 
@@ -30,9 +31,17 @@ FOLD_FILES = {"validation": "validation.json", "test": "eval.json"}
 
 
 def evaluate_fold(
-    model: Any, *, tokenizer: Any, config: ExperimentConfig, data: PreparedData, fold: str, name: str, device: str = "cpu"
+    model: Any,
+    *,
+    tokenizer: Any,
+    config: ExperimentConfig,
+    data: PreparedData,
+    fold: str,
+    name: str,
+    device: str = "cpu",
+    meter: Meter | None = None,
 ) -> EvalReport:
-    """Everything that an experiment measures of a model, on one fold."""
+    """Everything that an experiment measures of a model, on one fold; ``meter`` is told how far it has come."""
     from eval.runner import evaluate
 
     return evaluate(
@@ -45,6 +54,7 @@ def evaluate_fold(
         fold=fold,
         model_name=name,
         device=device,
+        meter=meter,
     )
 
 
@@ -58,6 +68,7 @@ def evaluate_folds(
     name: str,
     device: str = "cpu",
     folds: Sequence[str] = ("validation", "test"),
+    meter: Meter | None = None,
 ) -> None:
     """Score a model on each fold and write its report; a fold that already has one is left alone."""
     from eval.report import write_report
@@ -66,7 +77,7 @@ def evaluate_folds(
         path = Path(folder) / FOLD_FILES[fold]
         if path.exists():
             continue
-        report = evaluate_fold(model, tokenizer=tokenizer, config=config, data=data, fold=fold, name=name, device=device)
+        report = evaluate_fold(model, tokenizer=tokenizer, config=config, data=data, fold=fold, name=name, device=device, meter=meter)
         write_report(report, path)
 
 

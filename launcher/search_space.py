@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launcher.config import train_relations
+from launcher.config import ExperimentConfig, Search, train_relations
 from trainers.config import TrainConfig
 from trainers.errors import InputError
 
@@ -40,6 +40,10 @@ class Choice:
 
     def draw(self, stream: random.Random) -> Any:
         return copy.deepcopy(self.values[stream.randrange(len(self.values))])
+
+    def at(self, part: float) -> Any:
+        """The value at a part of the domain, in [0, 1)."""
+        return copy.deepcopy(self.values[min(int(part * len(self.values)), len(self.values) - 1)])
 
     def spec(self) -> dict[str, Any]:
         return {"values": list(self.values)}
@@ -72,6 +76,18 @@ class Range:
             value = math.exp(stream.uniform(math.log(self.min), math.log(self.max)))
         else:
             value = stream.uniform(self.min, self.max)
+        return self.rounded(value)
+
+    def at(self, part: float) -> float:
+        """The value at a part of the domain, in [0, 1), in the measure of its distribution."""
+        if self.distribution == "int_uniform":
+            return int(self.min) + min(int(part * (self.max - self.min + 1)), int(self.max - self.min))
+        if self.distribution == "log_uniform":
+            return self.rounded(math.exp(math.log(self.min) + part * (math.log(self.max) - math.log(self.min))))
+        return self.rounded(self.min + part * (self.max - self.min))
+
+    def rounded(self, value: float) -> float:
+        """Four significant digits, inside the range."""
         return _round(value, low=self.min, high=self.max)
 
     def spec(self) -> dict[str, Any]:
@@ -110,6 +126,26 @@ class TrialSpec:
     overrides: dict[str, Any]
     config: TrainConfig
 
+    @property
+    def key(self) -> str:
+        """What two trials have in common that differ in nothing but the seed that we gave them."""
+        return json.dumps([self.config.model_dump(mode="json", exclude={"seed"}), self.overrides.get("seed")], sort_keys=True)
+
+
+def trial_spec(base: TrainConfig, overrides: Mapping[str, Any], *, index: int, seed: int) -> TrialSpec:
+    """The trial number ``index`` of a sweep with the experiment's ``seed``.
+
+    Raises:
+        InputError: if the overridden settings are not a valid trial.
+    """
+    config = trial_config(base, overrides, seed=trial_seed(seed, index=index))
+    return TrialSpec(name=f"trial-{index:02d}", overrides=dict(overrides), config=config)
+
+
+def default_startup_trials(space: SearchSpace) -> int:
+    """Trials before a search that learns: a model of d settings says nothing from fewer than about 2 d points."""
+    return max(4, 2 * len(space.domains))
+
 
 def draw_trials(
     *,
@@ -117,15 +153,17 @@ def draw_trials(
     space: SearchSpace,
     start_points: Sequence[Mapping[str, Any]] = (),
     num_trials: int,
-    search: Literal["random", "grid"] = "random",
+    search: Search = "random",
+    startup_trials: int | None = None,
     seed: int,
 ) -> tuple[TrialSpec, ...]:
     """The trials of a sweep: start points first, then draws (or the grid in the file's order).
 
-    The same arguments give the same trials, and the first n trials do not depend on ``num_trials``. Each draw of
-    each setting has its own random stream, so adding a searched setting leaves the draws of the others alone.
+    The same arguments give the same trials, and the first n trials do not depend on ``num_trials``. Each random draw of
+    each setting has its own stream, so adding a searched setting leaves the draws of the others alone.
     Configurations that come up twice are skipped; fewer trials than asked for come back, with a warning, when the
-    space holds no more. ``train.seed`` follows from (seed, trial index) unless ``base`` was given one, or it is
+    space holds no more. With ``optuna`` only the trials that are known beforehand come back: start points, then the Sobol
+    draws up to ``startup_trials``. ``train.seed`` follows from (seed, trial index) unless ``base`` was given one, or it is
     searched or part of a start point.
 
     Raises:
@@ -139,26 +177,25 @@ def draw_trials(
                 where=", ".join(f"train.{path}" for path in ranges),
                 fix="write `values: [...]` there, or sweep.search: random",
             )
-    candidates = itertools.chain(
-        ({**space.middle(), **flatten_overrides(point)} for point in start_points),
-        _grid(space) if search == "grid" else _random(space, seed=seed),
-    )
+    wanted = num_trials
+    if search == "optuna":
+        wanted = min(num_trials, max(len(start_points), startup_trials or default_startup_trials(space)))
+    draws = {"grid": _grid, "random": _random, "sobol": _sobol, "optuna": _sobol}[search]
+    candidates = itertools.chain(({**space.middle(), **flatten_overrides(point)} for point in start_points), draws(space, seed=seed))
     trials: list[TrialSpec] = []
     seen: set[str] = set()
     repeats = 0
     for overrides in candidates:
-        if len(trials) == num_trials or repeats > _REDRAWS:
+        if len(trials) == wanted or repeats > _REDRAWS:
             break
-        config = trial_config(base, overrides, seed=trial_seed(seed, index=len(trials)))
-        # Two trials are the same when they differ in nothing but the seed that we gave them.
-        key = json.dumps([config.model_dump(mode="json", exclude={"seed"}), overrides.get("seed")], sort_keys=True)
-        if key in seen:
+        trial = trial_spec(base, overrides, index=len(trials), seed=seed)
+        if trial.key in seen:
             repeats += 1
             continue
-        seen.add(key)
+        seen.add(trial.key)
         repeats = 0
-        trials.append(TrialSpec(name=f"trial-{len(trials):02d}", overrides=overrides, config=config))
-    if len(trials) < num_trials:
+        trials.append(trial)
+    if len(trials) < wanted:
         log.warning("sweep.num_trials = %d, but there are only %d different configurations", num_trials, len(trials))
     elif search == "grid":
         run = sum(_in_grid(trial, space=space) for trial in trials)
@@ -176,13 +213,51 @@ def _in_grid(trial: TrialSpec, *, space: SearchSpace) -> bool:
 
 def _random(space: SearchSpace, *, seed: int) -> Iterator[dict[str, Any]]:
     for index in itertools.count():
-        yield {path: domain.draw(random.Random(f"{seed}/{index}/{path}")) for path, domain in space.domains.items()}
+        yield random_overrides(space, seed=seed, stream=str(index))
 
 
-def _grid(space: SearchSpace) -> Iterator[dict[str, Any]]:
+def _sobol(space: SearchSpace, *, seed: int) -> Iterator[dict[str, Any]]:
+    """Points of one scrambled Sobol sequence, https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats.qmc.Sobol.html"""
+    if not space:
+        yield from itertools.repeat({})
+    from scipy.stats import qmc
+
+    # One point at a time: the first n are the same however many follow.
+    sequence = qmc.Sobol(d=len(space.domains), scramble=True, seed=seed)
+    while True:
+        parts = sequence.random(1)[0]
+        yield {path: domain.at(float(part)) for (path, domain), part in zip(space.domains.items(), parts, strict=True)}
+
+
+def random_overrides(space: SearchSpace, *, seed: int, stream: str) -> dict[str, Any]:
+    """One random draw of every searched setting; ``stream`` names the draw."""
+    return {path: domain.draw(random.Random(f"{seed}/{stream}/{path}")) for path, domain in space.domains.items()}
+
+
+def _grid(space: SearchSpace, *, seed: int) -> Iterator[dict[str, Any]]:
     axes = [domain.values for domain in space.domains.values() if isinstance(domain, Choice)]
     for values in itertools.product(*axes):
         yield dict(zip(space.domains, copy.deepcopy(values), strict=True))
+
+
+def possible_trials(config: ExperimentConfig, *, space: SearchSpace, known: Sequence[TrialSpec], most: int = 256) -> list[TrialSpec]:
+    """The trials that a sweep may come to need prepared or checked: those that are known and, where others will be proposed, the corners
+    of the space.
+
+    Args:
+        config: the experiment.
+        space: what is searched.
+        known: trials that will be made.
+        most: corners that are looked at; a space with more has some that nobody looks at.
+
+    Raises:
+        InputError: if a corner is not a valid trial.
+    """
+    if config.sweep.search != "optuna":
+        return list(known)
+    axes = [[value for _, value in domain.ends] for domain in space.domains.values()]
+    corners = (dict(zip(space.domains, values, strict=True)) for values in itertools.islice(itertools.product(*axes), most))
+    return [*known, *(trial_spec(config.train, corner, index=len(known), seed=config.seed) for corner in corners)]
 
 
 def trial_seed(seed: int, *, index: int) -> int:

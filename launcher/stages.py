@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from launcher.data import PreparedData, prepare_data, question_groups, unseen_te
 from launcher.load import LoadedExperiment, dump_yaml
 from launcher.lock import hold
 from launcher.logs import quiet_libraries
+from launcher.nodes import Node
 from launcher.preflight import check_texts
-from launcher.resources import ResourcePlan, plan_resources
-from launcher.run_folder import Run, check_run_place, check_same_target, claim_run, run_place
+from launcher.run_folder import Run, check_run_place, check_same_target, claim_run, open_run, run_place
 from launcher.scoring import evaluate_folder
-from launcher.search_space import SearchSpace, TrialSpec, draw_trials
+from launcher.search_space import SearchSpace, TrialSpec, draw_trials, possible_trials
+from launcher.sweep_plan import NodesWanted, SweepPlan, imagined_nodes, make_plan, plan_disk, resolve_alone
+from launcher.tracking.mode import resolve_mode
+from launcher.tracking.process import following
 from launcher.trial import trial_inputs, write_plan
 from trainers.errors import InputError, RunError
 from trainers.files import check_output_file, read_json, sha256_json, weights_hash, write_json, write_text
@@ -25,10 +28,17 @@ from trainers.memorize import MANIFEST as TARGET_MANIFEST
 from trainers.memorize import memorize
 
 
-def plan_sweep(experiment: LoadedExperiment) -> tuple[tuple[TrialSpec, ...], ResourcePlan]:
-    """The trials of a sweep and how many run at once on this machine; pure but for counting cores and GPUs."""
-    import torch
+def plan_sweep(experiment: LoadedExperiment, *, data: PreparedData, nodes: Sequence[Node] | None = None) -> SweepPlan:
+    """Draw the trials of a sweep, refuse what cannot work, and plan the rest; loads no weights.
 
+    Args:
+        experiment: the sweep.
+        data: its rows.
+        nodes: where it may run; null: this machine, or the cluster in RAY_ADDRESS.
+
+    Raises:
+        InputError: if texts, modules or resources do not fit.
+    """
     config = experiment.config
     specs = draw_trials(
         base=config.train,
@@ -36,16 +46,12 @@ def plan_sweep(experiment: LoadedExperiment) -> tuple[tuple[TrialSpec, ...], Res
         start_points=config.sweep.start_points,
         num_trials=config.sweep.num_trials,
         search=config.sweep.search,
+        startup_trials=config.sweep.startup_trials,
         seed=config.seed,
     )
-    plan = plan_resources(
-        cpus=float(os.cpu_count() or 1),
-        gpus=float(torch.cuda.device_count()),
-        sweep=config.sweep,
-        train=config.train,
-        num_trials=len(specs),
-    )
-    return specs, plan
+    possible = possible_trials(config, space=experiment.space, known=specs)
+    check_texts(config, data=data, trains=[spec.config for spec in possible])
+    return make_plan(specs, config=config, data=data, nodes=nodes, possible=possible)
 
 
 def obtain_target(run: Run, *, config: ExperimentConfig, data: PreparedData) -> Path:
@@ -121,7 +127,7 @@ def run_memorize(*, experiment: LoadedExperiment) -> None:
     config = config.model_copy(update={"model": config.model.model_copy(update={"model_name_or_path": None})})
     data = prepare_data(config)
     check_texts(config, data=data, trains=())
-    run = Run(config.run_folder)
+    run = open_run(config)
     check_run_place(run.folder)
     check_same_target(run.folder, config=config, data=data)
     with run.stage("target", "Target: memorise the documents"):
@@ -129,13 +135,42 @@ def run_memorize(*, experiment: LoadedExperiment) -> None:
     run.console.line(f"target   {folder}")
 
 
-def prepare_trials(run: Run, *, config: ExperimentConfig, data: PreparedData, specs: tuple[TrialSpec, ...], target: Path) -> None:
-    """Write what trials read: their configurations, the plan, and the reference of the target."""
-    import yaml
+def prepare_trials(
+    run: Run,
+    *,
+    config: ExperimentConfig,
+    data: PreparedData,
+    specs: tuple[TrialSpec, ...],
+    target: Path,
+    possible: Sequence[TrialSpec] | None = None,
+) -> None:
+    """Write what trials read: their configurations, the plan, and the reference of the target.
 
+    Args:
+        run: the run.
+        config: the experiment.
+        data: its documents.
+        specs: the trials that exist.
+        target: what they start from.
+        possible: trials that may be proposed, whose reference is prepared as well; a trial that needs another one computes it.
+    """
+    write_trials(run, config=config, specs=specs, target=target)
+    prepare_references(run, data=data, specs=(*specs, *(possible or ())), target=target)
+
+
+def prepare_references(run: Run, *, data: PreparedData, specs: Sequence[TrialSpec], target: Path) -> None:
+    """Compute what trials read of the target, once for all that read the same."""
     from trainers.loop import prepare_reference, reference_setting
 
-    target_hash = weights_hash(target)
+    inputs = trial_inputs(run=run.folder, data=data, target=target, target_hash=weights_hash(target))
+    for train in {reference_setting(spec.config): spec.config for spec in specs}.values():
+        prepare_reference(inputs, train=train)
+
+
+def write_trials(run: Run, *, config: ExperimentConfig, specs: tuple[TrialSpec, ...], target: Path) -> None:
+    """Write the configurations of trials, and the plan that their processes read."""
+    import yaml
+
     for spec in specs:
         path = run.folder / "trials" / spec.name / "config.yaml"
         if not path.exists():
@@ -145,11 +180,9 @@ def prepare_trials(run: Run, *, config: ExperimentConfig, data: PreparedData, sp
         config=config,
         trials={spec.name: {"train": spec.config.model_dump(mode="json")} for spec in specs},
         target=target,
-        target_hash=target_hash,
+        target_hash=weights_hash(target),
     )
-    inputs = trial_inputs(run=run.folder, data=data, target=target, target_hash=target_hash)
-    for train in {reference_setting(spec.config): spec.config for spec in specs}.values():
-        prepare_reference(inputs, train=train)
+    run.storage.push()
 
 
 def run_sweep(*, experiment: LoadedExperiment, resume: bool = True, dry_run: bool = False, console: Console | None = None) -> Path:
@@ -162,40 +195,69 @@ def run_sweep(*, experiment: LoadedExperiment, resume: bool = True, dry_run: boo
     quiet_libraries()
     config = experiment.config
     use_reserved_cores(config)
+    tracking_mode = resolve_mode(config.tracking, environment=os.environ)
     data = prepare_data(config)
-    specs, plan = plan_sweep(experiment)
-    check_texts(config, data=data, trains=[spec.config for spec in specs])
+    plan = plan_sweep(experiment, data=data)
     if dry_run:
-        print_plan(experiment, data=data, specs=specs, plan=plan, console=console or Console())
+        print_plan(plan, config=config, data=data, console=console or Console())
         return config.run_folder
     run = claim_run(config, space=experiment.space, data=data, resume=resume)
     run.console = console or run.console
-    with hold(run.folder / ".lock"):
-        _sweep(run, config=config, data=data, specs=specs, plan=plan)
+    with (
+        hold(run.folder / ".lock"),
+        run.kept_home(),
+        following(run.folder, tracking=config.tracking, mode=tracking_mode, console=run.console),
+    ):
+        _sweep(run, config=config, space=experiment.space, data=data, plan=plan)
     return run.folder
 
 
-def _sweep(run: Run, *, config: ExperimentConfig, data: PreparedData, specs: tuple[TrialSpec, ...], plan: ResourcePlan) -> None:
+def _sweep(run: Run, *, config: ExperimentConfig, space: SearchSpace, data: PreparedData, plan: SweepPlan) -> None:
+    from launcher import elsewhere
+    from launcher.faults import stoppable
     from launcher.finish import finish_run
     from launcher.provenance import record_provenance
-    from launcher.sweep import run_sweep_trials, start_ray, stop_ray, waiting_tasks
+    from launcher.ray_session import start_ray, stop_ray
+    from launcher.storage_probe import probe_before_sweep
+    from launcher.sweep import has_work, run_sweep_trials, trial_source
 
     record_provenance(run.folder, seed=config.seed, hashes={"data": data.hash, "config": sha256_json(config.model_dump(mode="json"))})
     run.console.line(f"run      {run.folder}")
-    with run.stage("target", "Target: the model that has memorised the documents"):
-        target = obtain_target(run, config=config, data=data)
-    with run.stage("baseline", "Baseline: scores before unlearning, and the reference for all trials"):
-        evaluate_folder(target, config=config, data=data, folder=run.folder / "baseline", name="baseline")
-        prepare_trials(run, config=config, data=data, specs=specs, target=target)
-        print_baseline(run)
-    with run.stage("trials", f"Trials: {len(specs)}, {plan.why}"):
-        if waiting_tasks(specs, run=run.folder):
+    for warning in probe_before_sweep(config):
+        run.console.warning(warning)
+    planner = plan.planner
+    with elsewhere.computed_ahead(run, nodes=planner.nodes, cpus=config.sweep.cpus_per_rank) as ahead:
+        with run.stage("target", "Target: the model that has memorised the documents"):
+            ahead(elsewhere.build_target_ahead, config=config, data=data)
+            target = obtain_target(run, config=config, data=data)
+        with run.stage("baseline", "Baseline: scores before unlearning, and the reference for all trials"):
+            ahead(elsewhere.score_baseline_ahead, config=config, data=data)
+            evaluate_folder(target, config=config, data=data, folder=run.folder / "baseline", name="baseline")
+            source = trial_source(plan.specs, run=run.folder, config=config, space=space, cost=planner.cost)
+            possible = possible_trials(config, space=space, known=plan.specs)
+            specs = planner.resolve(source.specs)
+            ahead(elsewhere.prepare_references_ahead, config=config, data=data, specs=(*specs, *possible))
+            prepare_trials(run, config=config, data=data, specs=specs, target=target, possible=possible)
+            print_baseline(run)
+    with run.stage("trials", f"Trials: {source.total}, {plan.resources.why}"):
+        if has_work(source, run=run.folder):
             start_ray(cpus=os.cpu_count() or 1)
             try:
-                run_sweep_trials(specs, run=run.folder, config=config, plan=plan, console=run.console, events=run.events)
+                with stoppable(run.folder):
+                    run_sweep_trials(
+                        source,
+                        run=run.folder,
+                        config=config,
+                        plan=plan.resources,
+                        console=run.console,
+                        events=run.events,
+                        prepare=lambda known: write_trials(run, config=config, specs=planner.resolve(known), target=target),
+                        cost=planner.cost,
+                    )
             finally:
                 stop_ray()
-    finish_run(run, config=config, data=data, specs=specs, target=target)
+    with elsewhere.computed_ahead(run, nodes=planner.nodes, cpus=config.sweep.cpus_per_rank) as ahead:
+        finish_run(run, config=config, data=data, specs=source.specs, target=target, ahead=ahead)
 
 
 def use_reserved_cores(config: ExperimentConfig) -> None:
@@ -220,76 +282,46 @@ def print_baseline(run: Run) -> None:
     run.console.line("  " + ", ".join(known))
 
 
-def print_plan(
-    experiment: LoadedExperiment, *, data: PreparedData, specs: tuple[TrialSpec, ...], plan: ResourcePlan, console: Console
-) -> None:
-    """What a sweep would do; trains nothing."""
-    from launcher.console import settings
+def print_plan(plan: SweepPlan, *, config: ExperimentConfig, data: PreparedData, console: Console, elsewhere: bool = False) -> None:
+    """What a sweep would do, here or on other machines; trains nothing."""
+    from launcher.plan_text import plan_lines, plan_warnings
 
-    config = experiment.config
+    disk = plan_disk(plan, config=config, elsewhere=elsewhere)
     console.stage(f"Plan of {config.name}")
-    console.line(f"  run folder   {config.run_folder}")
-    for name, fold in data.folds.items():
-        console.line(f"  {name:<12} {len(fold.forget)} forget rows, {len(fold.retain)} retain rows")
-    console.line(f"  trained on   {len(data.training.forget)} forget rows, {len(data.training.retain)} retain rows")
-    engine = config.train.engine
-    console.line(
-        f"  engine       {engine.name}" + (f" ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else "") + f", {engine.dtype}"
-    )
-    console.line(f"  resources    {plan.why}")
-    for memory in predict_trials(config, data=data, specs=specs, on_gpu=plan.gpus_per_trial > 0):
-        console.line(f"  memory       {memory}")
-    for spec in specs:
-        console.line(f"  {spec.name}     {settings(spec.overrides) or 'defaults'}")
+    for line in plan_lines(plan, config=config, data=data, disk=disk):
+        console.line(line)
+    for warning in plan_warnings(plan, disk=disk, config=config):
+        console.warning(warning)
 
 
-def predict_trials(config: ExperimentConfig, *, data: PreparedData, specs: tuple[TrialSpec, ...], on_gpu: bool) -> list[str]:
-    """What the trials are expected to take of each rank's device, one line where all take the same; no weights are loaded.
+def validate_experiment(*, experiment: LoadedExperiment, resolved: bool = False, nodes: NodesWanted | None = None) -> None:
+    """``unlearn validate``: check configuration, data, model and resources; print the plan; train nothing.
 
-    Nothing is said of a target that is still to be built from scratch: there is no tokenizer yet.
+    Args:
+        experiment: the sweep.
+        resolved: print every setting instead.
+        nodes: plan for such nodes; null: for this machine, or the cluster in RAY_ADDRESS.
     """
-    import torch
-
-    from trainers.memory_plan import memory_setting, predict_memory
-
-    target = config.model.model_name_or_path or (config.target.base if config.target else None)
-    if target is None:
-        return []
-    inputs = trial_inputs(run=config.run_folder, data=data, target=Path(target).expanduser(), target_hash="")
-    capacity = torch.cuda.mem_get_info()[1] if on_gpu else None
-    alike = {memory_setting(spec.config): spec.config for spec in specs}
-    found: dict[str, list[str]] = {}
-    for setting, train in alike.items():
-        try:
-            text = str(predict_memory(inputs, train=train, device="cuda" if on_gpu else "cpu", capacity_bytes=capacity))
-        except InputError as error:
-            text = f"not predicted: {error.what}"
-        found.setdefault(text, []).extend(spec.name for spec in specs if memory_setting(spec.config) == setting)
-    return list(found) if len(found) == 1 else [f"{', '.join(sorted(names))}: {text}" for text, names in found.items()]
-
-
-def validate_experiment(*, experiment: LoadedExperiment, resolved: bool = False) -> None:
-    """``unlearn validate``: check configuration, data, model and resources; print the plan; train nothing."""
     quiet_libraries()
     config = experiment.config
     if resolved:
         print(dump_yaml(config, space=experiment.space), end="")
         return
     data = prepare_data(config)
-    specs, plan = plan_sweep(experiment)
-    check_texts(config, data=data, trains=[spec.config for spec in specs])
-    print_plan(experiment, data=data, specs=specs, plan=plan, console=Console())
+    plan = plan_sweep(experiment, data=data, nodes=imagined_nodes(nodes, sweep=config.sweep) if nodes else None)
+    print_plan(plan, config=config, data=data, console=Console(), elsewhere=nodes is not None)
     print("valid")
 
 
 def run_train(*, experiment: LoadedExperiment, out: Path | None = None) -> None:
     """``unlearn train``: one trial in this process, in its own run folder."""
     from launcher.trial import TrialTask, read_status, run_trial
+    from launcher.trial_home import carried
 
     quiet_libraries()
     config = experiment.config
     use_reserved_cores(config)
-    if config.train.engine.ranks > 1:
+    if config.train.engine.num_ranks > 1:
         raise InputError(
             f"train.engine.ranks = {config.train.engine.ranks}, but `unlearn train` computes in one process",
             where=str(experiment.source),
@@ -303,7 +335,7 @@ def run_train(*, experiment: LoadedExperiment, out: Path | None = None) -> None:
     run = claim_run(config, space=SearchSpace(), data=data, resume=True)
     if config.sweep.start_points:
         run.console.warning("one trial is trained, with the settings under train: sweep.start_points count for `unlearn sweep` only")
-    spec = TrialSpec(name="trial-00", overrides={}, config=config.train)
+    spec = TrialSpec(name="trial-00", overrides={}, config=resolve_alone(config, data=data))
     with run.stage("target", "Target"):
         target = obtain_target(run, config=config, data=data)
     with run.stage("baseline", "Baseline"):
@@ -312,7 +344,7 @@ def run_train(*, experiment: LoadedExperiment, out: Path | None = None) -> None:
     task = TrialTask(run=str(run.folder.resolve()), name=spec.name)
     with run.stage("trials", "Trial"):
         if read_status(task.folder)["state"] != "finished":
-            _print_steps(run_trial(task), console=run.console)
+            _print_steps(carried(task, run_trial(task)), console=run.console)
     status = read_status(task.folder)
     if status["state"] != "finished":
         raise RunError(f"the trial {status['state']}: {status.get('error')}", where=str(task.folder))

@@ -9,104 +9,150 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launcher.attempts import restarts
 from launcher.config import ExperimentConfig
-from launcher.console import Console, Eta
+from launcher.console import Console
 from launcher.events import EventLog
-from launcher.logs import capture_output, last_lines, quiet_libraries
+from launcher.faults import request_stop, stop_reason
 from launcher.resources import ResourcePlan
-from launcher.search_space import TrialSpec
-from launcher.trial import ENDED, TrialTask, load_plan, read_status, run_trial, write_status
-from trainers.errors import SetupError
+from launcher.search.budget import BudgetClock, stage_seconds
+from launcher.search.rungs import RungBook
+from launcher.search.source import FixedSource, TrialSource, epochs_cost, outcome_of
+from launcher.search.tune_search import tune_scheduler, tune_searcher
+from launcher.search_space import SearchSpace, TrialSpec
+from launcher.stop_signs import signs_sent
+from launcher.sweep_reporter import SweepReporter
+from launcher.trial import ended, read_status, write_status
+from launcher.tune_keys import keep_keys_out_of_trials
+from launcher.tune_trial import tune_trial
+from trainers.config import TrainConfig
+from trainers.files import read_json
 
-REPORT_EVERY_S = 2.0
-"""Seconds between two reports of a trial to Tune at least; every report costs its driver a round."""
+BUDGET = "budget"
+"""The reason for which trials are stopped when nothing is left to spend."""
 
 
-def start_ray(*, cpus: int) -> dict[str, float]:
-    """Connect to the cluster in RAY_ADDRESS, or start a private one on this machine; its resources.
+def trial_source(
+    specs: tuple[TrialSpec, ...],
+    *,
+    run: Path,
+    config: ExperimentConfig,
+    space: SearchSpace,
+    cost: Callable[[TrainConfig], float] = epochs_cost,
+) -> TrialSource:
+    """Where the trials of a sweep come from.
 
-    Raises:
-        SetupError: if neither works.
+    Args:
+        specs: the trials that are known beforehand; with ``sweep.search: optuna`` the source finds them by itself.
+        run: the run folder.
+        config: the experiment.
+        space: what is searched.
+        cost: what a trial is expected to take; the dearest starts first.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Tune's own handler ends the trials on Ctrl-C and returns as if they had finished; the run must stop instead.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    import logging
+    if config.sweep.search == "optuna":
+        from launcher.search.optuna_source import OptunaSource
 
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        raise SetupError(
-            f"Ray does not start: {str(error).splitlines()[0]}",
-            where=f"RAY_ADDRESS={address}" if address else "this machine",
-            fix="unlearn doctor tells more" + (", or unset RAY_ADDRESS to compute on this machine only" if address else ""),
-        ) from error
-    return dict(ray.cluster_resources())
+        return OptunaSource(run, config=config, space=space)
+    return FixedSource(specs, cost=cost)
 
 
-def stop_ray() -> None:
-    """Disconnect; a private cluster ends with it."""
-    import ray
-
-    if ray.is_initialized():
-        ray.shutdown()
-
-
-def waiting_tasks(specs: Sequence[TrialSpec], *, run: Path) -> list[TrialTask]:
-    """The trials that have not ended yet, failed ones among them."""
-    tasks = [TrialTask(run=str(Path(run).resolve()), name=spec.name) for spec in specs]
-    return [task for task in tasks if read_status(task.folder)["state"] not in ENDED]
+def has_work(source: TrialSource, *, run: Path) -> bool:
+    """Whether a trial has not ended yet, or may still be proposed."""
+    return len(source.specs) < source.total or any(not ended(read_status(_folder(run, spec.name))) for spec in source.specs)
 
 
 def run_sweep_trials(
-    specs: Sequence[TrialSpec], *, run: Path, config: ExperimentConfig, plan: ResourcePlan, console: Console, events: EventLog
-) -> None:
-    """Run every trial that has not ended yet; one that fails is recorded and the others go on.
+    source: TrialSource,
+    *,
+    run: Path,
+    config: ExperimentConfig,
+    plan: ResourcePlan,
+    console: Console,
+    events: EventLog,
+    prepare: Callable[[tuple[TrialSpec, ...]], object],
+    cost: Callable[[TrainConfig], float] = epochs_cost,
+) -> tuple[TrialSpec, ...]:
+    """Run every trial that has not ended yet, until budget or trials are used up; one that fails is recorded and the others go on.
 
     Ray must have been started.
+
+    Args:
+        source: of the trials.
+        run: the run folder.
+        config: the experiment.
+        plan: what each trial gets.
+        console: where lines go.
+        events: the run's log.
+        prepare: writes what the processes of all these trials read; called again when there is a new one.
+        cost: what a trial is expected to take.
+
+    Returns:
+        The trials that exist now.
     """
+    for spec in source.specs:
+        source.tell(spec.name, outcome_of(_folder(run, spec.name)))
+    clock = budget_clock(source, run=run, config=config, plan=plan, events=events)
+    reporter = SweepReporter(source, run=run, console=console, events=events, concurrency=plan.concurrent, cost=cost, clock=clock)
+    asked: dict[str, TrialSpec] = {}
+
+    def prepare_one(spec: TrialSpec) -> None:
+        asked[spec.name] = spec
+        if not (_folder(run, spec.name) / "config.yaml").exists():
+            prepare(source.specs)
+
+    def is_over() -> bool:
+        return stop_reason(run) is not None or reporter.is_spent()
+
+    searcher = tune_searcher(
+        source,
+        run=run,
+        settings={"ranks": plan.ranks, "stall_s": config.sweep.stall_s},
+        prepare=prepare_one,
+        is_over=is_over,
+        concurrency=plan.concurrent,
+    )
+    with signs_sent(run):
+        _fit(searcher, run=run, config=config, plan=plan, reporter=reporter)
+    for name in asked:
+        folder = _folder(run, name)
+        if stop_reason(run) is None and read_status(folder)["state"] in ("running", "pending"):
+            write_status(folder, state="failed", reason="error", error="the trial's process ended without a result", ended=time.time())
+            source.tell(name, outcome_of(folder))
+    return source.specs
+
+
+def budget_clock(source: TrialSource, *, run: Path, config: ExperimentConfig, plan: ResourcePlan, events: EventLog) -> BudgetClock:
+    """What the trials of a run have taken over all its starts, and go on taking."""
+    earlier = stage_seconds(events.events(), stage="trials", now=time.time())
+    since = time.time()
+    return BudgetClock(
+        config.sweep.budget,
+        share=plan.gpus_per_trial or plan.ranks,
+        on_gpus=plan.gpus_per_trial > 0,
+        seconds=lambda: {spec.name: float(read_status(_folder(run, spec.name)).get("seconds") or 0.0) for spec in source.specs},
+        stage_s=lambda: earlier + time.time() - since,
+    )
+
+
+def _fit(searcher: Any, *, run: Path, config: ExperimentConfig, plan: ResourcePlan, reporter: SweepReporter) -> None:
     from ray import tune
 
-    waiting = waiting_tasks(specs, run=run)
-    if not waiting:
-        return
+    keep_keys_out_of_trials()
     # Tune's own records are of no use later: a trial's state lies in its folder. A sweep that was killed has left them behind.
     scratch = Path(run).resolve() / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
-    reporter = _Reporter(
-        {spec.name: spec for spec in specs},
-        run=run,
-        console=console,
-        events=events,
-        concurrency=plan.concurrent,
-        done=len(specs) - len(waiting),
-        waiting=[task.name for task in waiting],
-    )
-    trainable = tune.with_resources(_tune_trial, tune.PlacementGroupFactory(plan.bundles, strategy="PACK"))
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
     try:
         tune.Tuner(
-            trainable,
-            param_space={
-                "task": tune.grid_search([{"run": task.run, "name": task.name} for task in waiting]),
-                "ranks": plan.ranks,
-                "stall_s": config.sweep.stall_s,
-            },
+            tune.with_resources(tune_trial, tune.PlacementGroupFactory(plan.bundles, strategy=plan.strategy)),
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=plan.concurrent,
+                search_alg=searcher,
+                num_samples=-1,
+                scheduler=rung_scheduler(run, config=config),
                 trial_name_creator=lambda trial: trial.config["task"]["name"],
                 trial_dirname_creator=lambda trial: f"{trial.config['task']['name']}-{trial.trial_id}",
                 reuse_actors=plan.ranks == 1,
@@ -115,145 +161,25 @@ def run_sweep_trials(
                 name="tune",
                 storage_path=str(scratch),
                 callbacks=[reporter.callback()],
-                failure_config=tune.FailureConfig(max_failures=config.sweep.max_failures),
+                failure_config=tune.FailureConfig(max_failures=restarts(config.sweep)),
                 verbose=0,
             ),
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    for task in waiting:
-        if read_status(task.folder)["state"] in ("running", "pending"):
-            write_status(task.folder, state="failed", error="the trial's process ended without a result", ended=time.time())
 
 
-def _tune_trial(config: dict[str, Any]) -> None:
-    """One trial inside Tune's process: computes itself, or leads a gang of ranks."""
-    from ray import tune
+def rung_scheduler(run: Path, *, config: ExperimentConfig) -> Any:
+    """Tune's scheduler for a run: it stops trials only if ``sweep.rungs`` says where."""
+    book = None
+    if config.sweep.rungs is not None:
+        book = RungBook(run, rungs=config.sweep.rungs, baseline=read_json(Path(run) / "baseline" / "validation.json")["scores"])
 
-    task = TrialTask(**config["task"])
-    last_report = 0.0
-    metrics_stream: Iterator[dict[str, Any]]
-    if config["ranks"] == 1:
-        metrics_stream = _solo(task, stall_s=config["stall_s"])
-    else:
-        from launcher.gang import run_gang
+    def may_win(name: str) -> bool:
+        return read_status(_folder(run, name))["state"] in ("pending", "running", "finished")
 
-        metrics_stream = run_gang(task, ranks=config["ranks"], stall_s=config["stall_s"])
-    try:
-        for metrics in metrics_stream:
-            if time.monotonic() - last_report >= REPORT_EVERY_S:
-                last_report = time.monotonic()
-                tune.report({"step": metrics["step"], "loss": metrics["loss"]})
-    except Exception as error:
-        if read_status(task.folder)["state"] in ("running", "pending"):
-            write_status(task.folder, state="failed", error=str(error), ended=time.time())
-        raise
-    tune.report({"step": read_status(task.folder).get("step") or 0, "state": read_status(task.folder)["state"]})
+    return tune_scheduler(book, stop=lambda name: request_stop(_folder(run, name), "pruned"), may_win=may_win)
 
 
-def _solo(task: TrialTask, *, stall_s: float) -> Iterator[dict[str, Any]]:
-    from launcher.watchdog import Watchdog
-
-    def stalled() -> None:
-        write_status(task.folder, state="failed", error=f"no sign of life for {stall_s:g} s (sweep.stall_s)", ended=time.time())
-
-    with capture_output(task.folder / "logs" / "rank-0.log"):
-        quiet_libraries()
-        set_threads(task)
-        with Watchdog(stall_s, on_stall=stalled) as watchdog:
-            for metrics in run_trial(task):
-                watchdog.alive()
-                yield metrics
-                if metrics.get("state") == "evaluating":
-                    watchdog.suspend()
-
-
-def set_threads(task: TrialTask) -> None:
-    """As many compute threads as each rank has cores, whatever the environment says: two trials must not fight for the same ones."""
-    import torch
-
-    torch.set_num_threads(max(1, int(load_plan(task.run)[0].sweep.cpus_per_rank)))
-
-
-class _Reporter:
-    """Turns Tune's events into one console line, one status and one event each."""
-
-    def __init__(
-        self, specs: dict[str, TrialSpec], *, run: Path, console: Console, events: EventLog, concurrency: int, done: int, waiting: list[str]
-    ) -> None:
-        self.specs, self.run, self.console, self.events = specs, run, console, events
-        self.running: set[str] = set()
-        self.num_done, self.total = done, len(specs)
-        self.eta = Eta(total=len(waiting), concurrency=concurrency)
-        self.started_at: dict[str, float] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune writes its callbacks to a file that nobody reads; where the output goes to is not always something that can be written.
-        return {}
-
-    def folder(self, name: str) -> Path:
-        return self.run / "trials" / name
-
-    def start(self, name: str) -> None:
-        again = name in self.started_at
-        self.running.add(name)
-        self.started_at[name] = time.time()
-        self.events.emit("trial_started", trial=name, again=again)
-        if not again:
-            self.console.trial_started(name, overrides=self.specs[name].overrides, running=len(self.running), total=self.total)
-
-    def end(self, name: str) -> None:
-        self.running.discard(name)
-        status = read_status(self.folder(name))
-        seconds = float(status.get("seconds") or 0.0)
-        self.num_done += 1
-        self.eta.finished(time.time() - self.started_at.get(name, time.time()))
-        self.events.emit("trial_ended", trial=name, state=status["state"], error=status.get("error"), seconds=seconds)
-        if status["state"] == "finished":
-            self.console.trial_finished(
-                name, headline=self._headline(name), seconds=seconds, done=self.num_done, total=self.total, eta_s=self.eta.remaining_s()
-            )
-        else:
-            self._failed(name, reason=str(status.get("error") or status["state"]))
-
-    def error(self, name: str) -> None:
-        self.running.discard(name)
-        status = read_status(self.folder(name))
-        if status["state"] in ("running", "pending"):
-            status = write_status(self.folder(name), state="failed", error="the trial's process died", ended=time.time())
-        self.num_done += 1
-        self.events.emit("trial_ended", trial=name, state=status["state"], error=status.get("error"))
-        self._failed(name, reason=str(status.get("error")))
-
-    def _failed(self, name: str, *, reason: str) -> None:
-        log = self.folder(name) / "logs" / "rank-0.log"
-        self.console.trial_failed(name, reason=reason, log_path=log, last_lines=last_lines(log), done=self.num_done, total=self.total)
-
-    def _headline(self, name: str) -> str:
-        from eval.forgetting import classify
-        from eval.report import read_report
-
-        scores = read_report(self.folder(name) / "validation.json").scores
-        baseline = read_report(self.run / "baseline" / "validation.json").scores
-        verdict = classify(scores=scores, baseline=baseline).verdict
-        numbers = ((key, scores.get(key)) for key in ("forgetting", "retention", "mia_auc"))
-        text = ", ".join(f"{'AUC' if key == 'mia_auc' else key} {value:.2f}" for key, value in numbers if value is not None)
-        return f"{verdict}: {text}"
-
-    def callback(self) -> Any:
-        """A Tune callback that calls the methods above."""
-        from ray.tune import Callback
-
-        reporter = self
-
-        class Relay(Callback):
-            def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-                reporter.start(trial.config["task"]["name"])
-
-            def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-                reporter.end(trial.config["task"]["name"])
-
-            def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-                reporter.error(trial.config["task"]["name"])
-
-        return Relay()
+def _folder(run: Path, name: str) -> Path:
+    return Path(run) / "trials" / name

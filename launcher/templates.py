@@ -10,6 +10,9 @@ from trainers.files import write_text
 
 RECIPES = Path(__file__).parent / "recipes"
 _CLUSTER = "cluster-"
+_SUBMIT = {"submit.py": RECIPES.parent / "submit.py", ".rayignore": RECIPES / "ignore.txt"}
+_BESIDE = {"aws": _SUBMIT, "onprem": _SUBMIT, "skypilot": {".skyignore": RECIPES / "ignore.txt"}}
+"""What is written beside a cluster file of a kind: the script that `ray submit` sends, and what is not to be uploaded."""
 _PUBLISHED = "# Source:"
 """Begins a line of every experiment that reproduces a published system, and of no other."""
 
@@ -17,6 +20,12 @@ _PUBLISHED = "# Source:"
 def template_names() -> list[str]:
     """The experiment templates."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml") if not file.name.startswith(_CLUSTER))
+
+
+def find_recipe(path: Path) -> Path:
+    """The file of a shipped recipe where a bare name such as ``olmo-7b-16`` is given and no file has it; else the path itself."""
+    shipped = RECIPES / f"{path}.yaml"
+    return shipped if str(path) in template_names() and not path.exists() else path
 
 
 def template_descriptions(*, published: bool) -> dict[str, str]:
@@ -48,6 +57,8 @@ def cluster_files() -> dict[str, Path]:
 def write_template(name: str | None, *, cluster: str | None = None, folder: Path) -> list[Path]:
     """Write a template as ``NAME.yaml``, and a cluster file if asked for one, into a folder.
 
+    What belongs beside a cluster file is written, too, where there is none yet.
+
     Args:
         name: the template; None writes the cluster file alone.
         cluster: kind of the cluster file.
@@ -67,14 +78,16 @@ def write_template(name: str | None, *, cluster: str | None = None, folder: Path
             f'no cluster file "{cluster}"{nearest(cluster, list(kinds))}', where="--cluster", fix=f"use one of {', '.join(kinds)}"
         )
     sources = ([RECIPES / f"{name}.yaml"] if name else []) + ([kinds[cluster]] if cluster else [])
-    targets = [folder / source.name for source in sources]
-    taken = [str(target) for target in targets if target.exists()]
+    files = {folder / source.name: source for source in sources}
+    taken = [str(target) for target in files if target.exists()]
     if taken:
         raise InputError(
             f"{' and '.join(taken)} exists and is not overwritten",
             where=str(folder.resolve()),
             fix="rename or delete it, or work in another folder",
         )
-    for source, target in zip(sources, targets, strict=True):
+    beside = {folder / name: source for name, source in _BESIDE.get(cluster or "", {}).items()}
+    files |= {target: source for target, source in beside.items() if not target.exists()}
+    for target, source in files.items():
         write_text(target, source.read_text(encoding="utf-8"))
-    return targets
+    return list(files)

@@ -14,6 +14,8 @@ from types import TracebackType
 
 log = logging.getLogger(__name__)
 EXIT_CODE = 75
+FIRST_SIGN_S = 600.0
+"""Seconds that a trial has at least until its first sign of life: it loads its weights and its reference before."""
 
 
 class Watchdog:
@@ -23,12 +25,13 @@ class Watchdog:
 
     Args:
         stall_s: seconds without a sign of life.
+        first_s: the same for the first one; null: no other.
         on_stall: called before the process ends, to leave a record.
     """
 
-    def __init__(self, stall_s: float, *, on_stall: Callable[[], object] | None = None) -> None:
+    def __init__(self, stall_s: float, *, first_s: float | None = None, on_stall: Callable[[], object] | None = None) -> None:
         self.stall_s, self.on_stall = stall_s, on_stall
-        self._deadline = time.monotonic() + stall_s
+        self._deadline = time.monotonic() + (stall_s if first_s is None else first_s)
         self._stop = threading.Event()
 
     def alive(self) -> None:

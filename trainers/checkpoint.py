@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from trainers.config import LoraConfig, TrainConfig
 from trainers.engine.base import TrainingState
 from trainers.errors import InputError
-from trainers.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
+from trainers.files import OPTIMIZER, atomic_folder, read_json, sha256_file, sha256_json, write_json
 from trainers.modeling import model_skeleton, torch_dtype
+from trainers.patience import patient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
 WEIGHTS = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
 INDEX = "model.safetensors.index.json"
 SPREADING_KEYS = ("engine.name", "engine.zero_stage", "engine.ranks", "per_device_train_batch_size", "activation_checkpointing")
 """Settings that may change when a trial resumes. The dtype may not: it changes every number."""
@@ -199,6 +199,7 @@ def adapter_config(lora: LoraConfig, *, target_modules: list[str], base: str) ->
     }
 
 
+@patient
 def save_checkpoint(
     trial: Path,
     *,

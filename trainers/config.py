@@ -174,17 +174,30 @@ class EngineConfig(Frozen):
     """How one trial is computed: plain torch or DeepSpeed, and over how many ranks."""
 
     name: Literal["deepspeed", "torch"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    ranks: int = Field(1, ge=1, description="processes (GPUs) that share one trial")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        2,
+        description="what DeepSpeed shares out over ranks: 1 optimizer state, 2 gradients too, 3 weights too; null: the planner chooses",
+    )
+    ranks: int | None = Field(1, ge=1, description="processes (GPUs) that share one trial; null: the planner takes as few as fit")
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
     def _torch_is_single(self) -> EngineConfig:
-        if self.name == "torch" and self.ranks > 1:
+        if self.name == "torch" and self.num_ranks > 1:
             raise ValueError("engine.name = torch computes on one rank only; use deepspeed for engine.ranks > 1")
         if self.name == "deepspeed" and self.zero_stage == 0 and self.dtype == "bfloat16":
             raise ValueError("zero_stage = 0 with dtype = bfloat16 has no float32 master weights; use zero_stage: 1, which costs no more")
         return self
+
+    @property
+    def num_ranks(self) -> int:
+        """The ranks; one where the choice was left to the planner and nobody asked it."""
+        return 1 if self.ranks is None else self.ranks
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage; 2 where the choice was left to the planner and nobody asked it."""
+        return 2 if self.zero_stage is None else self.zero_stage
 
 
 class TrainConfig(Frozen):
@@ -199,7 +212,9 @@ class TrainConfig(Frozen):
     learning_rate: float = Field(1e-4, gt=0)
     num_train_epochs: float = Field(5, gt=0, description="passes over the forget set, or over each of its chunks")
     train_batch_size: int = Field(4, ge=1, description="forget rows per optimizer step over all ranks, each with its retain rows")
-    per_device_train_batch_size: int = Field(4, ge=1, description="pairs per forward and backward pass on one rank")
+    per_device_train_batch_size: int | None = Field(
+        4, ge=1, description="pairs per forward and backward pass on one rank; null: the planner takes as many as fit"
+    )
     lr_scheduler_type: Literal["linear", "constant", "cosine"] = "linear"
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of the optimizer steps")
     weight_decay: float = Field(0.01, ge=0)
@@ -218,6 +233,11 @@ class TrainConfig(Frozen):
     seed: int = Field(42, ge=0)
     checkpoints: int = Field(2, ge=1, description="resumable checkpoints written, evenly spaced, the last at the end")
     signals: int = Field(4, ge=0, description="times the validation signals are measured, evenly spaced")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Pairs per pass; at most four where the choice was left to the planner and nobody asked it."""
+        return min(4, self.train_batch_size) if self.per_device_train_batch_size is None else self.per_device_train_batch_size
 
     @model_validator(mode="after")
     def _needs_master_weights(self) -> TrainConfig:

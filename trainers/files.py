@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from trainers.errors import InputError
+from trainers.patience import check_mounted, patiently
+
+OPTIMIZER = "optimizer.safetensors"
+"""The state in a checkpoint that only its training reads."""
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -58,8 +62,13 @@ def check_output_file(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: temporary name in the same folder, fsync, rename."""
+    """Write a file atomically: temporary name in the same folder, fsync, rename; a storage that is gone for a moment is waited for."""
     path = Path(path)
+    patiently(lambda: _write_bytes(path, data), place=path)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    check_mounted(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -70,7 +79,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     _fsync_folder(path.parent)
@@ -115,19 +124,32 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, value: Any) -> None:
-    """Append one JSON line and flush it to the disk."""
+    """Append one JSON line and flush it to the disk; a storage that is full or gone for a moment is waited for."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(strict_json(value), ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "a+b") as file:
+    patiently(lambda: _append(path, line.encode("utf-8")), place=path)
+
+
+def _append(path: Path, line: bytes) -> None:
+    check_mounted(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
         # A writer that was killed may have left a torn line: never glue a new one to it.
-        if file.tell() > 0:
+        if before > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(line.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
+                line = b"\n" + line
+        try:
+            written = 0
+            while written < len(line):
+                written += file.write(line[written:])
+            os.fsync(file.fileno())
+        except BaseException:
+            # A part of the line, or a whole one that is tried again, would stay for good.
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -150,11 +172,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing folder of that name is replaced at the last moment; a failed block leaves it untouched.
     """
     path = Path(path)
+    temporary = patiently(lambda: _temporary_folder(path), place=path)
+    try:
+        yield temporary
+        patiently(lambda: _publish(temporary, path), place=path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _temporary_folder(path: Path) -> Path:
+    check_mounted(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     os.chmod(temporary, 0o755)
-    try:
-        yield temporary
+    return temporary
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a folder its final name; may be called again where it failed."""
+    if temporary.exists():
         for file in temporary.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as handle:
@@ -163,14 +200,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
             os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(old / path.name, path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, path)
-        _fsync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    _fsync_folder(path.parent)
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -204,12 +243,15 @@ def sha256_folder(path: Path, *, suffixes: Sequence[str] = (".safetensors", ".js
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's safetensors files; computed once per state of the files."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    """SHA-256 over names and contents of a folder's safetensors files; computed once per state of the files.
+
+    A checkpoint is the same with and without the state that its training goes on from.
+    """
+    files = sorted(file for file in Path(folder).glob("*.safetensors") if file.name != OPTIMIZER)
     state = tuple((file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file in files for stat in (file.stat(),))
     return _weights_hash(str(Path(folder).absolute()), state)
 
 
 @functools.lru_cache(maxsize=256)
 def _weights_hash(folder: str, state: tuple) -> str:
-    return sha256_folder(Path(folder), suffixes=(".safetensors",))
+    return sha256_json({name: sha256_file(Path(folder) / name) for name, *_ in state})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from typing import Any
 import torch
 
 from trainers.adaptive_retain import adaptive_retain_weight
-from trainers.checkpoint import StoredTensors, check_stored, finished_checkpoints, load_checkpoint, negated_export, save_checkpoint
+from trainers.checkpoint import (
+    MANIFEST,
+    StoredTensors,
+    check_stored,
+    checkpoint_folder,
+    finished_checkpoints,
+    load_checkpoint,
+    negated_export,
+    save_checkpoint,
+)
 from trainers.config import ObjectiveName, TrainConfig
 from trainers.distributed import Rank, start_process_group, stop_process_group
 from trainers.engine.base import Engine
@@ -39,8 +49,12 @@ from trainers.signals import measure_signals
 from trainers.step import DivergedError, Recipe, build_recipe, check_finite_weights, history_of, reference_request, train_step
 from trainers.trial_rows import EncodedTrial, TrialInputs, encode_trial, uses_retain
 
-__all__ = ["DivergedError", "TrialInputs", "prepare_reference", "reference_setting", "train_worker"]
+__all__ = ["DivergedError", "TrialInputs", "TrialStopped", "prepare_reference", "reference_setting", "train_worker"]
 log = logging.getLogger(__name__)
+
+
+class TrialStopped(Exception):
+    """The trial was asked to stop and did, after a checkpoint of its last step: the next call goes on there."""
 
 
 def build_model(inputs: TrialInputs, *, train: TrainConfig) -> ScoringModel:
@@ -48,7 +62,7 @@ def build_model(inputs: TrialInputs, *, train: TrainConfig) -> ScoringModel:
     model = load_model(inputs.target, dtype=train.engine.dtype)
     if train.lora is not None:
         adapted = add_lora(model, lora=train.lora, seed=train.seed)
-        if train.engine.name == "torch" or train.engine.zero_stage < 3:
+        if train.engine.name == "torch" or train.engine.stage < 3:
             fuse_adapters(adapted)
         return ScoringModel(adapted)
     select_trainable(model, trainable=train.trainable)
@@ -164,15 +178,25 @@ def evenly_spaced(count: int, *, num_steps: int) -> frozenset[int]:
     return frozenset(max(1, round(num_steps * part / count)) for part in range(1, count + 1)) if count else frozenset()
 
 
-def train_worker(*, train: TrainConfig, inputs: TrialInputs, trial: Path, rank: Rank | None = None) -> Iterator[dict[str, Any]]:
+def train_worker(
+    *, train: TrainConfig, inputs: TrialInputs, trial: Path, rank: Rank | None = None, stop: Callable[[], bool] | None = None
+) -> Iterator[dict[str, Any]]:
     """Run or resume one trial on one rank, yielding the metrics of each step.
 
     Writes ``metrics.jsonl`` and checkpoints under ``trial`` (rank 0 only) and continues from the newest finished
     checkpoint found there. Collective: every rank of the trial iterates it to the end.
 
+    Args:
+        train: the trial.
+        inputs: what it reads.
+        trial: its folder.
+        rank: this process; default: the only one.
+        stop: asked before every step, on rank 0 only, whether to end here with a checkpoint; given on all ranks or on none.
+
     Raises:
         InputError: if rows, model or checkpoint are unusable.
         DivergedError: if the loss stops being finite.
+        TrialStopped: on every rank, before the same step, if ``stop`` says so.
     """
     rank = rank or Rank()
     needs_group = train.engine.name == "deepspeed"
@@ -202,7 +226,7 @@ def train_worker(*, train: TrainConfig, inputs: TrialInputs, trial: Path, rank: 
             enable_activation_checkpointing(model.lm)
         engine = build_engine(model, train=train, device=rank.device)
         run = _Run(engine, rows=rows, reference=reference, recipe=recipe, train=train, inputs=inputs, trial=Path(trial))
-        yield from run.steps(plans)
+        yield from run.steps(plans, stop=stop)
     finally:
         if engine is not None:
             engine.close()
@@ -230,14 +254,21 @@ class _Run:
         self.negates = train.objective.name is ObjectiveName.TASK_VECTOR_NEGATION
         self.history: list[dict[str, Any]] = []
 
-    def steps(self, plans: Sequence[StepPlan]) -> Iterator[dict[str, Any]]:
+    def steps(self, plans: Sequence[StepPlan], *, stop: Callable[[], bool] | None = None) -> Iterator[dict[str, Any]]:
         """Do what is not done yet, yielding the metrics of each step."""
         engine, train, num_steps = self.engine, self.train, len(plans)
         done = self.resume()
         signal_steps = evenly_spaced(train.signals, num_steps=num_steps)
         checkpoint_steps = evenly_spaced(train.checkpoints, num_steps=num_steps)
         first_epoch = sum(1 for plan in plans if plan.retain and plan.epoch <= 1 + 1e-9)
+        saved = done
+        if done in checkpoint_steps:
+            self.drop_checkpoints(but=checkpoint_steps)
         for plan in plans[done:]:
+            if stop is not None and self.agreed(stop):
+                if plan.step - 1 > saved:
+                    self.save(num_steps=num_steps)
+                raise TrialStopped(f"before step {plan.step} of {num_steps}")
             started = time.perf_counter()
             recipe = self.recipe_now(first_epoch=first_epoch)
             metrics = train_step(plan, engine=engine, rows=self.rows, reference=self.reference, recipe=recipe, train=train)
@@ -253,6 +284,8 @@ class _Run:
                 append_jsonl(self.trial / "metrics.jsonl", metrics)
             if plan.step in checkpoint_steps:
                 self.save(num_steps=num_steps)
+                self.drop_checkpoints(but=checkpoint_steps)
+                saved = plan.step
             yield {**metrics, "num_steps": num_steps}
 
     def recipe_now(self, *, first_epoch: int) -> Recipe:
@@ -296,6 +329,19 @@ class _Run:
         }
         export = negated_export(train=self.train, base=self.inputs.target, scale=self.negation_scale) if self.negates else None
         save_checkpoint(self.trial, state=state, train=self.train, facts=facts, model_files=self.inputs.target, export=export)
+
+    def agreed(self, stop: Callable[[], bool]) -> bool:
+        """What rank 0 answers, on every rank; collective."""
+        answer = torch.tensor([float(self.engine.rank == 0 and stop())], device=self.engine.device)
+        return self.engine.sum(answer) != [0.0]
+
+    def drop_checkpoints(self, *, but: frozenset[int]) -> None:
+        """Remove the checkpoints that only served to go on after a stop: they would count as candidates for a merge."""
+        if self.engine.rank == 0:
+            for folder in finished_checkpoints(self.trial):
+                if folder not in {checkpoint_folder(self.trial, step=step) for step in but}:
+                    (folder / MANIFEST).unlink()
+                    shutil.rmtree(folder)
 
     def resume(self) -> int:
         """Steps already done: load the newest checkpoint and drop the metrics of steps that will be repeated."""

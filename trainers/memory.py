@@ -128,6 +128,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The peak of one rank, by part.
 
+    What ZeRO's stages share out over N ranks: 1 the optimizer's state, 2 gradients too, 3 weights too.
+
     - weights: e P, over N in stage 3. Adapters: e T, in plain torch 4 T.
     - optimizer: moments 8 T; in stages 1 to 3 with float32 master weights 12 T / N, also where the weights are float32 themselves.
     - gradients: e T in plain torch and stages 0 and 1 (4 T for adapters in plain torch); e T / N in stages 2 and 3, twice that in
@@ -151,16 +153,17 @@ def estimate_memory(
         device: cpu or cuda.
         checkpointing: whether activations are recomputed; None takes ``train.activation_checkpointing``, whose null counts as no.
 
-    Source: ``deepspeed/runtime/zero/stage_1_and_2.py`` and ``stage3.py`` of DeepSpeed 0.19, ``torch/optim/adamw.py``.
+    Source: Rajbhandari et al. 2019, section 5, https://arxiv.org/abs/1910.02054;
+    ``deepspeed/runtime/zero/stage_1_and_2.py`` and ``stage3.py`` of DeepSpeed 0.19; ``torch/optim/adamw.py``.
     """
-    num, dtype_bytes, is_gpu = ranks or train.engine.ranks, _DTYPE_BYTES[train.engine.dtype], device == "cuda"
-    stage = train.engine.zero_stage if train.engine.name == "deepspeed" else None
+    num, dtype_bytes, is_gpu = ranks or train.engine.num_ranks, _DTYPE_BYTES[train.engine.dtype], device == "cuda"
+    stage = train.engine.stage if train.engine.name == "deepspeed" else None
     count = trained.parameters
     share = math.ceil(count / num) if stage else count
     whole_share = num if stage == 3 else 1
     weights = math.ceil(dtype_bytes * shape.parameters / whole_share)
     adapters = math.ceil(_trained_bytes(train) * count / whole_share) if train.lora is not None else 0
-    several = math.ceil(train.train_batch_size / num) > train.per_device_train_batch_size
+    several = math.ceil(train.train_batch_size / num) > train.micro_batch_size
     gradients = _trained_bytes(train) * (count if stage in (None, 0, 1) else share * (2 if stage == 2 and several else 1))
     if Need.SIDE_GRADIENTS in needs(train.objective):
         gradients = max(gradients, (8 + _trained_bytes(train)) * count)
@@ -289,7 +292,7 @@ class _Keeping:
 
 
 def _keeping(train: TrainConfig, *, tokens: int, device: str) -> _Keeping:
-    size, sharded = _DTYPE_BYTES[train.engine.dtype], train.engine.name == "deepspeed" and train.engine.zero_stage == 3
+    size, sharded = _DTYPE_BYTES[train.engine.dtype], train.engine.name == "deepspeed" and train.engine.stage == 3
     if train.lora is None:
         return _Keeping(size=size, tokens=tokens, low=0, mask=0, sharded=sharded)
     # peft's own dropout, which sharded weights need, multiplies by numbers on a CPU.

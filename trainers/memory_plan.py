@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from trainers.config import ScheduleName, TrainConfig
 from trainers.data.packing import MAX_GROUPS, shape_groups
-from trainers.data.types import ForgetRetain, Record
 from trainers.errors import InputError
 from trainers.memory import GIB, BatchSize, MemoryEstimate, describe_memory, estimate_memory, fits, needs_checkpointing
 from trainers.model_shape import shape_of, trained_of
-from trainers.modeling import load_model_config
-from trainers.objectives.table import Need, needs
-from trainers.trial_rows import EncodedTrial, TrialInputs, encode_trial, uses_retain
+from trainers.objectives.table import Need, needs, resolve_weights
+from trainers.trial_rows import EncodedTrial, uses_retain
 
 if TYPE_CHECKING:
     from trainers.data.encode import EncodedRow
@@ -92,28 +90,21 @@ def plan_memory(config: Any, *, rows: EncodedTrial, train: TrainConfig, device: 
     )
 
 
-def predict_memory(inputs: TrialInputs, *, train: TrainConfig, device: str, capacity_bytes: int | None = None) -> MemoryPlan:
-    """``plan_memory`` for a trial that has not started: from the longest texts of its rows, which alone are encoded.
-
-    Raises:
-        InputError: if rows or configuration are unusable.
-    """
-
-    def longest(records: Sequence[Record]) -> tuple[Record, ...]:
-        count = 64 + 4 * train.per_device_train_batch_size * train.schedule.retain_per_forget
-        return tuple(sorted(records, key=lambda record: len(record.input) + len(record.output), reverse=True)[:count])
-
-    chosen = ForgetRetain(longest(inputs.train.forget), longest(inputs.train.retain))
-    rows = encode_trial(replace(inputs, train=chosen, validation=ForgetRetain((), ()), attack=None), train=train)
-    return plan_memory(load_model_config(inputs.target), rows=rows, train=train, device=device, capacity_bytes=capacity_bytes)
-
-
 def memory_setting(train: TrainConfig) -> str:
     """The settings that decide what a trial takes, as text: trials with the same take the same."""
     objective, schedule = train.objective, train.schedule
     batches = (schedule.name, schedule.retain_per_forget, train.train_batch_size, train.per_device_train_batch_size)
-    texts = (train.forget_scope, train.max_length, objective.kl_scope, uses_retain(train))
+    texts = (text_setting(train), uses_retain(train))
     return str((batches, texts, sorted(needs(objective)), train.lora, train.trainable, train.engine, train.activation_checkpointing))
+
+
+def text_setting(train: TrainConfig) -> str:
+    """The settings that decide a trial's token ids, and which of them are evaluated, as text; a few of them count for nothing where the
+    objective reads no other answers or no distributions."""
+    objective = train.objective
+    refusals = (objective.name, train.seed) if Need.ALTERNATIVE_ANSWERS in needs(objective) else None
+    compares = resolve_weights(objective).retain_kl > 0 and objective.kl_scope
+    return str((train.forget_scope, train.max_length, compares, refusals))
 
 
 def largest_micro_batch(
@@ -140,8 +131,8 @@ def largest_micro_batch(
             largest_micro_batch(forget=(), retain=retain, train=train, max_groups=max_groups),
         )
         return max(apart, key=lambda size: size.tokens)
-    wanted, per_rank = needs(train.objective), math.ceil(train.train_batch_size / train.engine.ranks)
-    pairs = min(train.per_device_train_batch_size, per_rank)
+    wanted, per_rank = needs(train.objective), math.ceil(train.train_batch_size / train.engine.num_ranks)
+    pairs = min(train.micro_batch_size, per_rank)
     company = 1 if train.schedule.name is ScheduleName.ALTERNATING else train.schedule.retain_per_forget
     sides = (
         (forget, pairs, Need.FORGET_DISTRIBUTIONS in wanted),

@@ -279,7 +279,7 @@ def train_step(
     Raises:
         DivergedError: on every rank, before the update, if the step's loss is not finite.
     """
-    micro_batches = split_step(plan, rank=engine.rank, world_size=engine.world_size, micro_batch_size=train.per_device_train_batch_size)
+    micro_batches = split_step(plan, rank=engine.rank, world_size=engine.world_size, micro_batch_size=train.micro_batch_size)
     counts = step_counts(plan, rows=rows)
     if plan.fresh_optimizer:
         engine.reset_optimizer()

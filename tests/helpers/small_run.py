@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +95,7 @@ def small_experiment(data: Path, *, storage: Path | str, target: Path | None = N
             "min_mmlu_fraction": 0.0,
             "min_retention_fraction": 0.0,
         },
+        "tracking": {"wandb": "off"},
     }
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -196,22 +197,23 @@ def wait_for_end(command: Command, *, limit_s: float, but: Sequence[str] = ()) -
 
 
 @contextmanager
-def running(*arguments: str | Path, folder: Path) -> Iterator[Command]:
+def running(*arguments: str | Path, folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[Command]:
     """Run a command of the launcher in the background; nothing of it outlives the block.
 
     Args:
         arguments: of the command line, such as ``"sweep", file``.
         folder: working folder, which also takes the output.
+        environment: variables added to this process's.
     """
     tag = uuid.uuid4().hex
     output = folder / f"output-{tag[:8]}.txt"
-    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RAY_ADDRESS")}
-    environment |= {"UNLEARN_TEST_TAG": tag, "PYTHONUNBUFFERED": "1"}
+    variables = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RAY_ADDRESS")}
+    variables |= {"UNLEARN_TEST_TAG": tag, "PYTHONUNBUFFERED": "1", **(environment or {})}
     with open(output, "wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "launcher", *map(str, arguments)],
             cwd=folder,
-            env=environment,
+            env=variables,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

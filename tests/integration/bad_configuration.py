@@ -66,8 +66,13 @@ CONFIGURATION = [
     Case("name is no folder name", lambda p: ["validate", p.config(name="a/b")], ('name = "a/b"', "letters, digits and . _ -")),
     Case(
         "storage on the network",
-        lambda p: ["validate", p.config(storage_path="s3://bucket")],
-        ("storage_path", "must be a folder of this machine"),
+        lambda p: ["validate", p.config(storage_path="ftp://bucket")],
+        ("storage_path", "must be a folder, a mounted one, or a URI"),
+    ),
+    Case(
+        "keys in the storage's address",
+        lambda p: ["validate", p.config(storage_path="s3://user:password@bucket")],
+        ("storage_path", "holds keys", "through the environment"),
     ),
     Case(
         "access key in the file",
@@ -128,7 +133,7 @@ RESOURCES = [
 USAGE = [
     Case("unknown command", lambda p: ["swep"], ("No such command 'swep'", "sweep")),
     Case("unknown option", lambda p: ["sweep", "a.yaml", "--dry"], ("No such option", "--dry-run")),
-    Case("no configuration", lambda p: ["sweep"], ("Missing argument 'CONFIG'",)),
+    Case("no configuration", lambda p: ["sweep"], ("Missing argument CONFIG", "unlearn sweep")),
     Case(
         "unknown template",
         lambda p: ["init", "--template", "quikstart"],

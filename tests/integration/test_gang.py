@@ -5,75 +5,52 @@ The two differ only in how sums are ordered, over more steps than in ``tests/tra
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import torch
+from safetensors.torch import load_file
 
-from launcher.load import load_experiment
-from launcher.stages import run_train
+from tests.helpers.gang_runs import (
+    LOSS_TOLERANCE,
+    NUM_STEPS,
+    TRIAL,
+    WEIGHT_TOLERANCE,
+    gang,
+    largest_difference,
+    losses_of,
+    named,
+    rank_of,
+    ranks_of,
+    starts_of,
+    status_of,
+    weights_of,
+)
+from tests.helpers.sabotage import sabotaged
 from tests.helpers.small_run import Command, facts, running, wait_for_end, write_small_experiment
 from tests.integration.conftest import FinishedSweep
-from tests.integration.test_kills import steps_done
+from tests.integration.test_kills import AWAY_S, steps_done
 from trainers.checkpoint import finished_checkpoints
-from trainers.files import read_json, read_jsonl
+from trainers.files import read_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-NUM_STEPS = 32
-LOSS_TOLERANCE = 2e-4
-"""Nats. Losses of about 17 nats differ by at most 2e-5."""
-WEIGHT_TOLERANCE = 5e-5
-"""Adapter entries differ by at most 3e-6; the negative control is that eight steps more move them by ten times the tolerance."""
+Gangs = dict[int, tuple[Path, int, str]]
 
 
-def weights_of(trial: Path) -> dict[str, torch.Tensor]:
-    """The adapter of a trial's newest checkpoint."""
-    return torch_file(finished_checkpoints(trial)[-1] / "adapter_model.safetensors")
-
-
-def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Between entries of the same name."""
-    assert actual.keys() == expected.keys()
-    return max(float((actual[name] - expected[name]).abs().max()) for name in expected)
-
-
-def gang(stage: int, **changes: Any) -> dict[str, Any]:
-    """One trial on two ranks, gentle enough that rounding does not grow; half a core each, so that two such sweeps share two cores."""
-    return {
-        "sweep__num_trials": 1,
-        "sweep__start_points": [],
-        "sweep__cpus_per_rank": 0.5,
-        "train__engine": {"name": "deepspeed", "zero_stage": stage, "ranks": 2},
-        "train__per_device_train_batch_size": 2,
-        "train__objective__forget_weight": 0.1,
-        "train__learning_rate": 1e-3,
-        "train__num_train_epochs": 8,
-        "train__lora__lora_dropout": 0.0,
-        "train__seed": 7,  # `unlearn train` and a sweep would derive different ones
-        **changes,
-    }
-
-
-def ranks_of(command: Command) -> list[psutil.Process]:
-    """The processes of the ranks, in no order."""
-    command.look()
-    found = []
-    for process in command.seen:
-        try:
-            if "RankActor" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def experiment(folder: Path, *, undisturbed: FinishedSweep, **changes: Any) -> Path:
+    """The file of a sweep whose run folder is ``folder / "small"``."""
+    folder.mkdir(exist_ok=True)
+    return write_small_experiment(
+        folder / "small.yaml", data=undisturbed.data, storage=folder, target=undisturbed.run / "target", **changes
+    )
 
 
 @pytest.fixture(scope="module")
-def gangs(undisturbed: FinishedSweep, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, int, str]]:
+def gangs(undisturbed: FinishedSweep, tmp_path_factory: pytest.TempPathFactory) -> Gangs:
     """ZeRO-2 and ZeRO-3, in two sweeps at the same time: run folder, exit code, output."""
     root = tmp_path_factory.mktemp("gangs")
     finished = {}
@@ -81,99 +58,174 @@ def gangs(undisturbed: FinishedSweep, tmp_path_factory: pytest.TempPathFactory) 
         commands = {}
         for stage in (2, 3):
             folder = root / f"zero-{stage}"
-            folder.mkdir()
-            file = write_small_experiment(
-                folder / "small.yaml", data=undisturbed.data, storage=folder, target=undisturbed.run / "target", **gang(stage)
-            )
+            file = experiment(folder, undisturbed=undisturbed, **gang(stage))
             commands[stage] = stack.enter_context(running("sweep", file, folder=folder))
         for stage, command in commands.items():
             code = command.wait()
-            wait_for_end(command, limit_s=20)
+            wait_for_end(command, limit_s=AWAY_S)
             finished[stage] = (root / f"zero-{stage}" / "small", code, command.text())
     return finished
 
 
-@pytest.fixture(scope="module")
-def alone(undisturbed: FinishedSweep, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same trial on one rank of plain torch, in this process."""
-    root = tmp_path_factory.mktemp("alone")
-    changes = gang(0, train__engine={"name": "torch"}, train__per_device_train_batch_size=8)
-    file = write_small_experiment(root / "small.yaml", data=undisturbed.data, storage=root, target=undisturbed.run / "target", **changes)
-    before = torch.get_num_threads()
-    try:
-        run_train(experiment=load_experiment(file), out=None)
-    finally:
-        torch.set_num_threads(before)
-    return root / "small" / "trials" / "trial-00"
-
-
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_under_ray_agree_with_one(stage: int, gangs: dict[int, tuple[Path, int, str]], alone: Path) -> None:
+def test_two_ranks_under_ray_agree_with_one(stage: int, gangs: Gangs, alone: Path) -> None:
     run, code, output = gangs[stage]
-    trial = run / "trials" / "trial-00"
+    trial = run / TRIAL
     assert code == 0, output
-    assert read_json(trial / "status.json")["state"] == "finished"
+    status = status_of(run)
+    assert (status["state"], status["reason"], status["errors"], status["preemptions"]) == ("finished", None, 0, 0)
     assert {path.name for path in (trial / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
-    losses = [[line["loss"] for line in read_jsonl(folder / "metrics.jsonl")] for folder in (trial, alone)]
-    assert len(losses[0]) == NUM_STEPS
-    assert losses[0] == pytest.approx(losses[1], abs=LOSS_TOLERANCE)
+    assert len(losses_of(trial)) == NUM_STEPS
+    assert losses_of(trial) == pytest.approx(losses_of(alone), abs=LOSS_TOLERANCE)
     assert largest_difference(weights_of(trial), weights_of(alone)) < WEIGHT_TOLERANCE
-    first = alone / "checkpoints" / "step-000008"
-    assert largest_difference(weights_of(trial), torch_file(first / "adapter_model.safetensors")) > 10 * WEIGHT_TOLERANCE, (
-        "negative control"
-    )
+    first = load_file(alone / "checkpoints" / "step-000008" / "adapter_model.safetensors")
+    assert largest_difference(weights_of(trial), first) > 10 * WEIGHT_TOLERANCE, "negative control"
 
 
-def torch_file(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def test_a_killed_rank_takes_the_others_with_it_and_the_trial_goes_on(
-    undisturbed: FinishedSweep, gangs: dict[int, tuple[Path, int, str]], tmp_path: Path
+def test_a_killed_rank_or_leader_takes_the_others_with_it_and_the_trial_goes_on(
+    undisturbed: FinishedSweep, gangs: Gangs, tmp_path: Path
 ) -> None:
-    file = write_small_experiment(
-        tmp_path / "small.yaml", data=undisturbed.data, storage=tmp_path, target=undisturbed.run / "target", **gang(2)
-    )
+    """First rank 1 is killed, then the process that leads both."""
+    file = experiment(tmp_path, undisturbed=undisturbed, **gang(2, sweep__max_failures=2))
     run = tmp_path / "small"
     with running("sweep", file, folder=tmp_path) as command:
         command.until(lambda: steps_done(run, "trial-00") > 9, what="step 9")
         first = ranks_of(command)
         assert len(first) == 2
-        follower = next(process for process in first if any(file.path.endswith("rank-1.log") for file in process.open_files()))
-        follower.kill()
-        before = (run / "trials" / "trial-00" / "metrics.jsonl").read_text().splitlines()
+        rank_of(command, 1).kill()
+        before = (run / TRIAL / "metrics.jsonl").read_text().splitlines()
         assert len(before) < NUM_STEPS
         command.until(lambda: not any(process.is_running() for process in first), what="end of both ranks")
+        command.until(lambda: len(starts_of(run)) == 2 and steps_done(run, "trial-00") > 17, what="step 17")
+        second = [process for process in ranks_of(command) if process not in first]
+        assert len(second) == 2
+        (leader,) = [process for process in named(command.seen, "ray::ImplicitFunc") if process.is_running()]
+        leader.kill()
+        command.until(lambda: not any(process.is_running() for process in second), what="end of the second ranks")
         assert command.wait() == 0, command.text()
-        wait_for_end(command, limit_s=20)
-    after = (run / "trials" / "trial-00" / "metrics.jsonl").read_text().splitlines()
+        wait_for_end(command, limit_s=AWAY_S)
+    after = (run / TRIAL / "metrics.jsonl").read_text().splitlines()
     assert len(after) == NUM_STEPS
     assert after[:8] == before[:8], "resumed from the checkpoint of step 8"
-    starts = [event["again"] for event in read_jsonl(run / "events.jsonl") if event["kind"] == "trial_started"]
-    assert starts == [False, True]
+    assert starts_of(run) == [False, True, True]
+    assert (status_of(run)["errors"], status_of(run)["preemptions"]) == (2, 0)
     assert facts(run) == facts(gangs[2][0])
 
 
-def test_a_frozen_rank_ends_its_trial_instead_of_hanging_the_sweep(undisturbed: FinishedSweep, tmp_path: Path) -> None:
-    """Rank 1 is stopped, so that rank 0 waits for it in a collective for ever; the sweep has nothing else, and says so."""
-    changes = gang(2, sweep__stall_s=30, sweep__max_failures=0)
-    file = write_small_experiment(
-        tmp_path / "small.yaml", data=undisturbed.data, storage=tmp_path, target=undisturbed.run / "target", **changes
-    )
+def test_ranks_that_hang_end_their_trial_which_goes_on_as_often_as_it_may(undisturbed: FinishedSweep, gangs: Gangs, tmp_path: Path) -> None:
+    """In one sweep rank 1 is stopped once; in the other it sleeps whenever step 5 comes, while rank 0 waits for it in a collective."""
+    once, always = tmp_path / "once", tmp_path / "always"
+    files = {
+        folder: experiment(folder, undisturbed=undisturbed, **gang(2, sweep__stall_s=20, sweep__max_failures=failures))
+        for folder, failures in ((once, 1), (always, 0))
+    }
+    fault = sabotaged(tmp_path / "fault", fault={"kind": "sleep", "rank": 1, "step": 5})
+    with running("sweep", files[once], folder=once) as stopped, running("sweep", files[always], folder=always, environment=fault) as asleep:
+        stopped.until(lambda: steps_done(once / "small", "trial-00") > 9, what="step 9")
+        frozen = rank_of(stopped, 1)
+        frozen.send_signal(signal.SIGSTOP)
+        stopped.until(lambda: not frozen.is_running(), what="end of the rank that is stopped")
+        assert stopped.wait() == 0, stopped.text()
+        assert asleep.wait() == 1, asleep.text()
+        for command in (stopped, asleep):
+            wait_for_end(command, limit_s=AWAY_S)
+    assert (tmp_path / "fault" / "asleep").exists()
+    assert starts_of(once / "small") == [False, True]
+    assert (status_of(once / "small")["state"], status_of(once / "small")["errors"]) == ("finished", 1)
+    assert facts(once / "small") == facts(gangs[2][0])
+    status = status_of(always / "small")
+    assert (status["state"], status["reason"], status["errors"]) == ("failed", "error", 1)
+    assert status["error"].startswith("no sign of life for 20 s (sweep.stall_s)")
+    assert starts_of(always / "small") == [False]
+    assert [line for line in asleep.text().splitlines() if "FAILED" in line and "trial-00" in line]
+    assert "no trial is alive" in asleep.text()
+    assert (always / "small" / "report.html").is_file()
+    assert not (always / "small" / "merged").exists()
+
+
+def test_a_rank_without_memory_is_tried_again_with_half_the_micro_batch(undisturbed: FinishedSweep, gangs: Gangs, tmp_path: Path) -> None:
+    """One sweep has memory for two pairs, as the undisturbed one uses; the other for none: it fails, though errors are allowed."""
+    enough, none = tmp_path / "enough", tmp_path / "none"
+    changes = {
+        enough: gang(2, train__per_device_train_batch_size=8, sweep__max_failures=0),
+        none: gang(0, train__engine={"name": "torch"}, train__per_device_train_batch_size=8, sweep__max_failures=5),
+    }
+    faults = {
+        enough: sabotaged(tmp_path / "fault-enough", fault={"kind": "memory", "rank": 1, "largest": 2}),
+        none: sabotaged(tmp_path / "fault-none", fault={"kind": "memory", "rank": 0, "largest": 0}),
+    }
+    with ExitStack() as stack:
+        commands = {}
+        for folder in (enough, none):
+            file = experiment(folder, undisturbed=undisturbed, **changes[folder])
+            commands[folder] = stack.enter_context(running("sweep", file, folder=folder, environment=faults[folder]))
+        assert commands[enough].wait() == 0, commands[enough].text()
+        assert commands[none].wait() == 1, commands[none].text()
+        for command in commands.values():
+            wait_for_end(command, limit_s=AWAY_S)
+    status = status_of(enough / "small")
+    assert (status["state"], status["reason"], status["micro_batch"], status["errors"]) == ("finished", None, 2, 1)
+    assert starts_of(enough / "small") == [False, True]
+    trial, expected = enough / "small" / TRIAL, gangs[2][0] / TRIAL
+    assert losses_of(trial) == losses_of(expected), "the same steps as with the smaller micro-batch from the start"
+    assert largest_difference(weights_of(trial), weights_of(expected)) == 0
+    status = status_of(none / "small")
+    assert (status["state"], status["reason"], status["micro_batch"], status["errors"]) == ("failed", "out_of_memory", 4, 2)
+    assert "the GPU has no memory left: CUDA out of memory" in status["error"]
+    assert starts_of(none / "small") == [False, True]
+
+
+def test_a_sweep_that_is_interrupted_and_killed_goes_on_with_the_same_numbers(
+    undisturbed: FinishedSweep, gangs: Gangs, tmp_path: Path
+) -> None:
+    """Ctrl-C, as a terminal sends it: to every process. Then again, and ``kill -9`` of the command; then to the end."""
+    file = experiment(tmp_path, undisturbed=undisturbed, **gang(2))
     run = tmp_path / "small"
     with running("sweep", file, folder=tmp_path) as command:
-        command.until(lambda: steps_done(run, "trial-00") > 3, what="step 3")
-        ranks = ranks_of(command)
-        follower = next(process for process in ranks if any(file.path.endswith("rank-1.log") for file in process.open_files()))
-        follower.send_signal(signal.SIGSTOP)
-        assert command.wait() == 1, command.text()
-        wait_for_end(command, limit_s=20)
-    status = read_json(run / "trials" / "trial-00" / "status.json")
-    assert status["state"] == "failed"
-    assert status["error"].startswith("no sign of life for 30 s (sweep.stall_s)")
-    assert [line for line in command.text().splitlines() if "FAILED" in line and "trial-00" in line]
-    assert "no trial is alive" in command.text()
-    assert (run / "report.html").is_file()
-    assert not (run / "merged").exists()
+        command.until(lambda: steps_done(run, "trial-00") > 9, what="step 9")
+        os.killpg(command.process.pid, signal.SIGINT)
+        assert command.wait() == 130, command.text()
+        wait_for_end(command, limit_s=AWAY_S)
+        check_interrupted(run, command=command)
+    with running("sweep", file, folder=tmp_path) as command:
+        command.until(lambda: steps_done(run, "trial-00") > 17, what="step 17")
+        command.kill()
+        wait_for_end(command, limit_s=AWAY_S, but=("Agent",))
+    with running("sweep", file, folder=tmp_path) as command:
+        assert command.wait() == 0, command.text()
+    assert (status_of(run)["state"], status_of(run)["reason"], status_of(run)["errors"]) == ("finished", None, 0)
+    assert facts(run) == facts(gangs[2][0]), "the checkpoints that the stops made are gone, too"
+
+
+def check_interrupted(run: Path, *, command: Command) -> None:
+    """The trial's last step is in a checkpoint, and nothing follows."""
+    status = status_of(run)
+    assert (status["state"], status["reason"], status["error"], status["errors"]) == ("stopped", "interrupted", None, 0)
+    done = steps_done(run, "trial-00")
+    assert 9 < done < NUM_STEPS
+    assert finished_checkpoints(run / TRIAL)[-1].name == f"step-{done:06d}"
+    assert "run the same command again" in command.text()
+    assert "Traceback" not in command.text()
+    assert not (run / "pairs.json").exists()
+    assert [event["stage"] for event in read_jsonl(run / "events.jsonl") if event["kind"] == "stage_started"][-1] == "trials"
+
+
+def test_sigterm_stops_like_ctrl_c_and_the_second_ctrl_c_does_not_wait(undisturbed: FinishedSweep, tmp_path: Path) -> None:
+    """Of two sweeps at the same time, one gets SIGTERM; the other has a rank that is stopped, so that nothing ends by itself."""
+    terminated, frozen = tmp_path / "terminated", tmp_path / "frozen"
+    files = {folder: experiment(folder, undisturbed=undisturbed, **gang(2)) for folder in (terminated, frozen)}
+    with running("sweep", files[terminated], folder=terminated) as one, running("sweep", files[frozen], folder=frozen) as other:
+        one.until(lambda: steps_done(terminated / "small", "trial-00") > 9, what="step 9")
+        one.process.terminate()
+        other.until(lambda: steps_done(frozen / "small", "trial-00") > 3, what="step 3")
+        rank_of(other, 1).send_signal(signal.SIGSTOP)
+        os.killpg(other.process.pid, signal.SIGINT)
+        other.until(lambda: "once more to stop at once" in other.text(), what="a word on how to stop at once")
+        assert one.wait() == 130, one.text()
+        assert other.process.poll() is None, "it waits for the step's end"
+        os.killpg(other.process.pid, signal.SIGINT)
+        assert other.wait() == 130, other.text()
+        for command in (one, other):
+            wait_for_end(command, limit_s=AWAY_S)
+    check_interrupted(terminated / "small", command=one)
+    assert "Traceback" not in other.text()

@@ -92,10 +92,10 @@ def test_every_command_has_a_purpose_and_an_example(capsys: pytest.CaptureFixtur
     ("command", "options"),
     [
         ("quickstart", ["--out", "--data", "--mia", "--mmlu", "--documents", "--seed"]),
-        ("doctor", ["--cluster"]),
+        ("doctor", ["--cluster", "--storage"]),
         ("init", ["--template", "--cluster"]),
         ("validate", ["--resolved"]),
-        ("sweep", ["--dry-run", "--resume", "--no-resume"]),
+        ("sweep", ["--config", "--dry-run", "--resume", "--no-resume"]),
         ("merge", ["--base", "--trial", "--out", "--method", "--density", "--scale", "--weights"]),
         ("eval", ["--model", "--data", "--mia", "--mmlu", "--max-new-tokens", "--official", "--out"]),
         ("audit", ["--model", "--base", "--data", "--out", "--never-seen", "--mia", "--mmlu", "--attacks", "--documents", "--seed"]),
@@ -119,7 +119,7 @@ BAD = [
     (["train", "search.yaml"], ["train.learning_rate (line 4)", "add for instance train.learning_rate="]),
     (["memorize", "ok.yaml"], ["target", "add a `target:` section"]),
     (["sweep", "ok.yaml", "train.lora.rank=3"], ["train.lora.rank (override)", "unknown key"]),
-    (["init", "--template", "olmo"], ['no template "olmo"', "olmo-1b, olmo-7b, quickstart"]),
+    (["init", "--template", "olmo"], ['no template "olmo"', "olmo-1b, olmo-1b-16, olmo-7b"]),
     (["init", "--template", "olmo-1b", "--cluster", "azure"], ["azure", "aws"]),
     (["report", "absent"], ["run folder not found", "fix:"]),
     (["status", "absent"], ["run folder not found"]),
@@ -230,6 +230,37 @@ def test_commands_hand_their_arguments_to_the_stages(
         "processes": 1,
     }  # fmt: skip
     assert quick == {"out": Path("runs/quickstart"), "data": None, "mia": None, "mmlu": None, "documents": None, "seed": 42}
+
+
+def test_validate_plans_for_other_machines(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    stages = SimpleNamespace(validate_experiment=lambda **arguments: calls.append(arguments))
+    monkeypatch.setitem(sys.modules, "launcher.stages", stages)  # type: ignore[arg-type]
+    assert run(capsys, "validate", "ok.yaml")[0] == 0
+    assert run(capsys, *["validate", "ok.yaml", "--nodes", "2", "--gpus-per-node", "8", "--gpu-memory", "80", "--gpu-name", "H100"])[0] == 0
+    assert run(capsys, *["validate", "ok.yaml", "--gpus-per-node", "1", "--gpu-memory", "24"])[0] == 0
+    wanted = [call["nodes"] for call in calls]
+    assert wanted[0] is None
+    assert (wanted[1].number, wanted[1].gpus, wanted[1].gpu_memory_gib, wanted[1].gpu_name) == (2, 8, 80, "H100")
+    assert (wanted[2].number, wanted[2].gpus, wanted[2].gpu_memory_gib) == (1, 1, 24)
+    for half in ("--nodes 2", "--gpus-per-node 8", "--gpu-memory 80 --nodes 2", "--gpu-name H100"):
+        code, _, err = run(capsys, "validate", "ok.yaml", *half.split())
+        assert code == 2
+        assert "needs --gpus-per-node and --gpu-memory" in err
+    assert len(calls) == 3
+
+
+def test_the_configuration_of_a_sweep_may_be_an_option(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then everything else is an override, also where it comes first and holds a URI."""
+    calls: list[Any] = []
+    module = SimpleNamespace(run_sweep=lambda **arguments: calls.append(arguments["experiment"].config))
+    monkeypatch.setitem(sys.modules, "launcher.stages", module)  # type: ignore[arg-type]
+    for line in ("--config search.yaml name=a//b seed=3", "name=a//b -c search.yaml seed=3", "name=a//b seed=3 --config=search.yaml"):
+        code, _, err = run(capsys, "sweep", *line.replace("name=a//b", "data.path=a//b").split())
+        assert code == 0, err
+    assert [(config.data.path, config.seed) for config in calls] == [("a//b", 3)] * 3
 
 
 def test_merge_hands_its_settings_to_the_merge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

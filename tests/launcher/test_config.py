@@ -83,7 +83,8 @@ def test_a_pass_fits_into_a_step_and_every_rank_has_work(train: dict[str, Any], 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"storage_path": "s3://bucket/runs"}, "s3://bucket/runs"),
+        ({"storage_path": "ftp://host/runs"}, "one of file, s3"),
+        ({"storage_path": "s3://user:wJalrXUtnFEMI@bucket/runs"}, "storage_path: holds keys"),
         ({"sweep": {"num_trials": 1, "start_points": [{}, {"learning_rate": 1e-4}]}}, "2 start points do not fit into 1 trials"),
         ({"sweep": {"gpus_per_rank": 0.5}, "train": {"engine": {"ranks": 2}}}, "cannot share a GPU"),
         ({"train": {"train_batch_size": 2}}, "use at most 2"),
@@ -96,10 +97,19 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
 
 def test_all_contradictions_are_told_together() -> None:
     with pytest.raises(ValidationError) as caught:
-        experiment(storage_path="gs://b", model={}, train={"train_batch_size": 2})
-    assert all(text in str(caught.value) for text in ("gs://b", "no target model", "use at most 2"))
+        experiment(storage_path="ftp://b", model={}, train={"train_batch_size": 2})
+    assert all(text in str(caught.value) for text in ("one of file, s3", "no target model", "use at most 2"))
 
 
 def test_configurations_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         experiment().seed = 1  # type: ignore[misc]
+
+
+def test_a_run_at_a_uri_works_in_a_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path))
+    assert experiment().run_uri is None
+    config = experiment(storage_path="s3://bucket/runs?region=eu-west-1")
+    assert config.run_uri == f"s3://bucket/runs/{config.name}?region=eu-west-1"
+    assert config.run_folder.is_relative_to(tmp_path)
+    assert config.run_folder.name == config.name

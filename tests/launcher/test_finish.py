@@ -97,7 +97,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Small:
     )
     experiment = load_experiment(file, [])
     config, prepared = experiment.config, prepare_data(experiment.config)
-    specs, _ = plan_sweep(experiment)
+    specs = plan_sweep(experiment, data=prepared).specs
     run = claim_run(config, space=experiment.space, data=prepared, resume=True)
     target = obtain_target(run, config=config, data=prepared)
     evaluate_folder(target, config=config, data=prepared, folder=run.folder / "baseline", name="baseline")

@@ -64,7 +64,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("sweep: {start_points: [{lora.rank: 8}]}\n", ["sweep.start_points[0].lora.rank", "unknown key; known: r, lora_alpha"]),
     ("sweep: {start_points: [{train_batch_size: 1}]}\n", ["sweep.start_points[0].per_device_train_batch_size", "use at most 1"]),
     ("sweep: {num_trials: 1, start_points: [{}, {}]}\n", ["sweep.num_trials (line 4)", "raise num_trials, or drop start points"]),
-    ("storage_path: s3://b/runs\n", ["storage_path (line 4)", "must be a folder"]),
+    ("storage_path: ftp://b/runs\n", ["storage_path (line 4)", "must be a folder"]),
     (
         "trim: 1\nsweep: {start_points: [1, 2, 3]}\n",
         ["trim", "sweep.start_points[0] = 1", "sweep.start_points[2] = 3 (line 5)", "must be a mapping"],
@@ -125,7 +125,7 @@ def test_all_problems_are_told_together_in_the_order_of_the_file(tmp_path: Path)
     told = message(
         tmp_path,
         "train:\n  objective: {betta: 1}\n  learning_rate: {values: [-1]}\n  train_batch_size: 2\n"
-        "merge: {density: 1.4}\nstorage_path: s3://b\n",
+        "merge: {density: 1.4}\nstorage_path: ftp://b\n",
         "sweep.num_trials=0",
     )
     assert told.startswith("npo.yaml: 6 problems")

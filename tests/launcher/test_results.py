@@ -50,6 +50,10 @@ def test_a_trial_that_stopped_before_it_had_scores_is_dead(tmp_path: Path) -> No
     write_status(tmp_path / "trials" / "trial-00", name="trial-00", state="stopped", error="the loss is nan at step 2")
     (trial,) = gather_trials([TrialSpec(name="trial-00", overrides={}, config=TrainConfig())], run=tmp_path)
     assert (trial["verdict"], trial["checkpoint"], trial["seconds"]) == ("dead", None, None)
+    for reason, verdict in (("diverged", "dead"), ("pruned", None), ("budget", None)):
+        write_status(tmp_path / "trials" / "trial-00", reason=reason)
+        (trial,) = gather_trials([TrialSpec(name="trial-00", overrides={}, config=TrainConfig())], run=tmp_path)
+        assert trial["verdict"] == verdict
 
 
 def test_only_merges_and_controls_are_compared_with_the_better_parent(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,71 @@ def test_rounding_never_leaves_the_range() -> None:
     assert 0.123456 <= trials[0].config.weight_decay <= 0.123457
 
 
+# ---- Sobol points
+
+
+@given(short=st.integers(1, 12), more=st.integers(0, 12), seed=st.integers(0, 2**40))
+@settings(max_examples=20, deadline=None)
+def test_more_sobol_trials_begin_with_the_same_ones(short: int, more: int, seed: int) -> None:
+    assert draw(search="sobol", num_trials=short + more, seed=seed)[:short] == draw(search="sobol", num_trials=short, seed=seed)
+
+
+def test_sobol_points_follow_the_seed_and_stay_in_their_domains() -> None:
+    trials = draw(search="sobol", num_trials=64)
+    assert [trial.overrides for trial in trials] != [trial.overrides for trial in draw(search="sobol", num_trials=64, seed=43)]
+    assert all(1e-5 <= trial.config.learning_rate <= 1e-3 for trial in trials)
+    assert {trial.config.num_train_epochs for trial in trials} == {3, 5, 8}
+    assert all(trial.config.lora is not None and 4 <= trial.config.lora.r <= 64 for trial in trials)
+
+
+def test_sobol_points_are_even_where_random_draws_are_not() -> None:
+    """Of 16 points of a scrambled Sobol sequence each sixteenth of every axis holds exactly one; of random draws some hold several."""
+    space = SearchSpace({"learning_rate": Range(1e-5, 1e-3, "log_uniform"), "weight_decay": Range(0, 1, "uniform")})
+
+    def filled(search: Any, seed: int) -> list[int]:
+        trials = draw(space, search=search, num_trials=16, seed=seed)
+        parts = [[(math.log10(t.config.learning_rate) + 5) / 2 for t in trials], [t.config.weight_decay for t in trials]]
+        # Rounding to four digits may carry a point over a border: no point lies that close to one here.
+        return [len({min(15, int(part * 16)) for part in axis}) for axis in parts]
+
+    assert all(filled("sobol", seed) == [16, 16] for seed in (1, 2, 3))
+    assert all(max(filled("random", seed)) < 16 for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("domain", "ends"),
+    [
+        (Choice(("a", "b", "c")), ("a", "c")),
+        (Range(4, 64, "int_uniform"), (4, 64)),
+        (Range(0.0, 1.0, "uniform"), (0.0, 1.0)),
+        (Range(1e-6, 1e-2, "log_uniform"), (1e-6, 1e-2)),
+    ],
+)
+def test_a_part_of_a_domain_runs_from_end_to_end(domain: Any, ends: tuple) -> None:
+    almost_one = 1 - 2**-53
+    assert (domain.at(0.0), domain.at(almost_one)) == ends
+    if isinstance(domain, Range) and domain.distribution == "log_uniform":
+        assert math.isclose(domain.at(0.5), 1e-4), "geometric, where a uniform law would give 5e-3"
+
+
+def test_start_points_come_before_sobol_points_and_take_none_away() -> None:
+    first, *others = draw(search="sobol", num_trials=4, start_points=[{"learning_rate": 5e-4}])
+    assert first.config.learning_rate == 5e-4
+    assert [trial.overrides for trial in others] == [trial.overrides for trial in draw(search="sobol", num_trials=3)]
+
+
+def test_nothing_searched_gives_one_sobol_trial() -> None:
+    assert len(draw(SearchSpace(), search="sobol", num_trials=5)) == 1
+
+
+@pytest.mark.parametrize(("num_trials", "startup", "known"), [(3, 5, 3), (20, 5, 5), (20, None, 6), (20, 1, 2)])
+def test_optuna_knows_its_start_beforehand(num_trials: int, startup: int | None, known: int) -> None:
+    """Two start points; by default twice the three searched settings; never fewer than the start points."""
+    points = [{"learning_rate": 5e-4}, {"learning_rate": 2e-4}]
+    trials = draw(search="optuna", num_trials=num_trials, startup_trials=startup, start_points=points)
+    assert trials == draw(search="sobol", num_trials=known, start_points=points)
+
+
 def test_names_count_from_zero() -> None:
     assert [trial.name for trial in draw(num_trials=3)] == ["trial-00", "trial-01", "trial-02"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from launcher.console import Console
 from launcher.load import LoadedExperiment, load_experiment
 from launcher.lock import hold
 from launcher.run_folder import EXPERIMENT, RESOLVED, claim_run
-from launcher.stages import plan_sweep, predict_trials, prepare_data, print_plan, run_memorize, run_sweep, run_train
+from launcher.stages import prepare_data, run_memorize, run_sweep, run_train
 from launcher.trial import read_status
 from tests.helpers.small_run import stamps, write_small_data, write_small_experiment
 from trainers.errors import InputError, RunError
@@ -142,7 +141,9 @@ def test_a_dry_run_prints_the_trials_and_writes_nothing(data: Path, tmp_path: Pa
     stream = io.StringIO()
     run = run_sweep(experiment=experiment(tmp_path, data=data), dry_run=True, console=Console(stream))
     assert not run.exists()
-    assert [line.split()[0] for line in stream.getvalue().splitlines() if "trial-0" in line] == [f"trial-0{number}" for number in range(4)]
+    assert [line.split()[0] for line in stream.getvalue().splitlines() if line.startswith("  trial-0")] == [
+        f"trial-0{number}" for number in range(4)
+    ]
 
 
 # ---- one trial, and the target it starts from
@@ -213,27 +214,3 @@ def test_the_resolved_record_is_plain_json(data: Path, tmp_path: Path) -> None:
     record = json.loads((run / RESOLVED).read_text())
     assert set(record) == {"config", "space", "data_hash"}
     assert record["space"]["learning_rate"] == {"values": [0.01, 0.02, 1e30]}
-
-
-# ---- what a plan says
-
-
-def predicted(loaded: LoadedExperiment) -> list[str]:
-    return predict_trials(loaded.config, data=prepare_data(loaded.config), specs=plan_sweep(loaded)[0], on_gpu=False)
-
-
-def test_a_plan_tells_the_memory_of_its_trials_once(data: Path, target: Path, tmp_path: Path) -> None:
-    loaded = experiment(tmp_path, data=data, target=target)
-    specs, plan = plan_sweep(loaded)
-    output = io.StringIO()
-    print_plan(loaded, data=prepare_data(loaded.config), specs=specs, plan=plan, console=Console(stream=output))
-    lines = [line for line in output.getvalue().splitlines() if line.startswith("  memory")]
-    assert len(lines) == 1
-    assert re.fullmatch(r"  memory       [\d.]+ MiB per rank: \w+ [\d.]+, .* \(no recomputation\)", lines[0])
-
-
-def test_trials_that_take_different_memory_are_named(data: Path, target: Path, tmp_path: Path) -> None:
-    ranks = {"train__lora__r": {"values": [2, 64]}, "sweep__start_points": [{"lora.r": 2}, {"lora.r": 64}, {"lora.r": 2}]}
-    lines = predicted(experiment(tmp_path, data=data, target=target, sweep__num_trials=3, **ranks))
-    assert [line.partition(": ")[0] for line in lines] == ["trial-00, trial-02", "trial-01"]
-    assert predicted(experiment(tmp_path, data=data)) == [], "a target that is still to be built from scratch"

@@ -96,15 +96,15 @@ def test_a_trial_that_lacks_only_its_scores_gets_them_without_training(task: Tri
 
 
 @pytest.mark.parametrize(
-    ("error", "state", "text", "again"),
+    ("error", "state", "reason", "text", "again"),
     [
-        (DivergedError("the loss is nan at step 3"), "stopped", "the loss is nan at step 3", False),
-        (InputError("a row is too long", where="row 5"), "failed", "a row is too long\n  where: row 5", False),
-        (RuntimeError("connection closed by peer"), "failed", "RuntimeError: connection closed by peer", True),
+        (DivergedError("the loss is nan at step 3"), "stopped", "diverged", "the loss is nan at step 3", False),
+        (InputError("a row is too long", where="row 5"), "failed", "error", "a row is too long\n  where: row 5", False),
+        (RuntimeError("connection closed by peer"), "failed", "error", "RuntimeError: connection closed by peer", True),
     ],
 )
 def test_every_end_is_recorded_and_only_what_may_go_better_next_time_is_raised(
-    task: TrialTask, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str, text: str, again: bool
+    task: TrialTask, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str, reason: str, text: str, again: bool
 ) -> None:
     monkeypatch.setattr(trainers.loop, "train_worker", worker(steps=2, error=error))
     if again:
@@ -113,7 +113,7 @@ def test_every_end_is_recorded_and_only_what_may_go_better_next_time_is_raised(
     else:
         assert len(list(run_trial(task))) == 2
     status = read_status(task.folder)
-    assert (status["state"], status["error"]) == (state, text)
+    assert (status["state"], status["reason"], status["error"]) == (state, reason, text)
     assert settled(status) is not again
 
 
@@ -144,6 +144,7 @@ def test_a_trial_over_its_time_fails_for_good(task: TrialTask, monkeypatch: pyte
         time.sleep(0.1)
     status = read_status(task.folder)
     assert "ran for more than 0.2 s" in status["error"]
+    assert (status["state"], status["reason"], status["errors"]) == ("failed", "timeout", 1)
     assert settled(status)
 
 

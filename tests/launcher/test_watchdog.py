@@ -68,6 +68,13 @@ def test_signs_of_life_suspension_and_the_end_of_the_block_keep_a_process_alive(
     assert (code, output) == (0, "survived\n")
 
 
+def test_the_first_sign_of_life_may_have_a_limit_of_its_own() -> None:
+    watchdog = Watchdog(5.0, first_s=600.0)
+    assert watchdog._deadline > time.monotonic() + 300.0
+    watchdog.alive()
+    assert watchdog._deadline <= time.monotonic() + 5.0
+
+
 def test_a_sign_of_life_ends_a_suspension(monkeypatch: pytest.MonkeyPatch) -> None:
     watchdog = Watchdog(5.0)
     watchdog.suspend()

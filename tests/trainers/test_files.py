@@ -22,6 +22,7 @@ from trainers.files import (
     sha256_folder,
     sha256_json,
     strict_json,
+    weights_hash,
     write_bytes,
     write_json,
     write_text,
@@ -198,3 +199,17 @@ def test_a_folder_hash_sees_names_and_contents_of_the_chosen_files(tmp_path: Pat
     assert sha256_folder(tmp_path, suffixes=(".safetensors",)) == weights
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
     assert sha256_folder(tmp_path, suffixes=(".safetensors",)) != weights
+
+
+def test_weights_are_the_same_with_and_without_the_state_of_their_optimizer(tmp_path: Path) -> None:
+    """A checkpoint loses it when the next one is written, and is still the same model; other tensors count, and so do their names."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"1")
+    expected = weights_hash(tmp_path)
+    assert expected == sha256_folder(tmp_path, suffixes=(".safetensors",))
+    (tmp_path / "optimizer.safetensors").write_bytes(b"moments")
+    assert weights_hash(tmp_path) == expected
+    (tmp_path / "model-2.safetensors").write_bytes(b"2")
+    assert weights_hash(tmp_path) != expected
+    (tmp_path / "model-2.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "other.safetensors")
+    assert weights_hash(tmp_path) != expected

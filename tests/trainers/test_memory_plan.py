@@ -25,8 +25,8 @@ from trainers.memory_plan import (
     largest_micro_batch,
     memory_setting,
     plan_memory,
-    predict_memory,
     recomputes_activations,
+    text_setting,
 )
 from trainers.plan import plan_trial, split_step
 from trainers.signals import SignalRows
@@ -142,13 +142,6 @@ def test_retain_rows_count_only_where_they_are_used() -> None:
 # ---- before and at the start of a trial
 
 
-def test_a_trial_is_predicted_from_its_longest_texts(tmp_path: Path) -> None:
-    inputs, train = tiny_inputs(tmp_path), tiny_train()
-    config = OlmoConfig.from_pretrained(inputs.target)
-    whole = plan_memory(config, rows=encode_trial(inputs, train=train), train=train, device="cpu")
-    assert predict_memory(inputs, train=train, device="cpu") == whole
-
-
 def test_only_settings_that_matter_tell_trials_apart() -> None:
     base = TrainConfig()
     assert memory_setting(base.model_copy(update={"learning_rate": 1.0, "seed": 7})) == memory_setting(base)
@@ -156,6 +149,18 @@ def test_only_settings_that_matter_tell_trials_apart() -> None:
     assert memory_setting(base.model_copy(update={"objective": weights})) == memory_setting(base)
     for change in ({"lora": LoraConfig(r=4)}, {"train_batch_size": 8}, {"max_length": 64}, {"objective": ObjectiveConfig(name="npo")}):
         assert memory_setting(base.model_copy(update=change)) != memory_setting(base)
+
+
+def test_only_settings_that_change_token_ids_tell_their_rows_apart() -> None:
+    """The seed draws refusals, which only IDK-DPO reads; where distributions are compared matters with a KL term only."""
+    base = TrainConfig(objective=ObjectiveConfig(name="npo_ce_kl"))
+    for same in ({"seed": 7}, {"lora": LoraConfig(r=4)}, {"train_batch_size": 8}):
+        assert text_setting(base.model_copy(update=same)) == text_setting(base)
+    everywhere = base.model_copy(update={"objective": ObjectiveConfig(name="npo_ce_kl", kl_scope="real")})
+    for other in (base.model_copy(update={"max_length": 64}), base.model_copy(update={"forget_scope": "document"}), everywhere):
+        assert text_setting(other) != text_setting(base)
+    refusing = TrainConfig(objective=ObjectiveConfig(name="idk_dpo"))
+    assert text_setting(refusing.model_copy(update={"seed": 7})) != text_setting(refusing)
 
 
 def test_a_starting_trial_decides_by_the_size_of_its_gpu(

@@ -51,7 +51,7 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.model = model
-        self._stage = train.engine.zero_stage
+        self._stage = train.engine.stage
         self._bf16 = train.engine.dtype == "bfloat16"
         self._parameters = model.trainable()
         self._shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in self._parameters.items()}

@@ -14,7 +14,7 @@ def deepspeed_config(train: TrainConfig, *, has_gpu: bool) -> dict[str, Any]:
     Gradient accumulation stays 1 there: the loop itself marks the last micro-batch of a step, because a short step at the
     end of an epoch has fewer of them. The torch AdamW needs no compiled operation on any machine.
     """
-    stage = train.engine.zero_stage
+    stage = train.engine.stage
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": has_gpu,
@@ -28,7 +28,7 @@ def deepspeed_config(train: TrainConfig, *, has_gpu: bool) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": True,
         }
     return {
-        "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.max_grad_norm,
         "steps_per_print": 10**9,
