@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,6 +148,11 @@ class PreparedTrim:
     limit: float = 0.0
     surplus: Tensor | None = None
 
+    @functools.cached_property
+    def _bound(self) -> float:
+        """What a kept magnitude is larger than."""
+        return _below(self.limit) if self.limit > 0 else 0.0
+
     @property
     def keeps_all(self) -> bool:
         """Whether nothing is trimmed."""
@@ -155,7 +161,7 @@ class PreparedTrim:
     def block(self, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` in memory order, trimmed, one-dimensional; never a view of the source."""
         # hardshrink keeps what is larger in magnitude than its parameter.
-        part = torch.hardshrink(self.source.reshape(-1)[start:stop], _below(self.limit) if self.limit > 0 else 0.0)
+        part = torch.hardshrink(self.source.reshape(-1)[start:stop], self._bound)
         if self.surplus is not None:
             first, last = torch.searchsorted(self.surplus, torch.tensor([start, stop], device=self.surplus.device)).tolist()
             if last > first:
@@ -256,13 +262,12 @@ def merge_updates(
     unit = all(weight == 1 for weight in weights)
     step = BLOCK if merged.device.type == "cpu" else 1 << 24
     one = torch.ones((), device=merged.device)
-    kept = [torch.zeros((), dtype=torch.int64, device=merged.device) for _ in trims]
+    kept: list[int | Tensor] = [0 for _ in trims]
     conflicts = torch.zeros((), dtype=torch.int64, device=merged.device)
     against = torch.zeros((), dtype=torch.float64, device=merged.device)
     for start in range(0, flat.numel(), step):
         parts = [one.block(start, start + step) for one in trims]
-        for count, part in zip(kept, parts, strict=True):
-            count += torch.count_nonzero(part)
+        kept = [count + count_nonzero(part) for count, part in zip(kept, parts, strict=True)]
         total = _sum(parts, weights if elect == "weighted" and not unit else None)
         sign = torch.copysign(one, total) if zero_sum == "positive" else total.sign()
         agreeing = [(part * sign).relu_() for part in parts]
@@ -367,6 +372,14 @@ def _sum(parts: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total += part * weight
     return total
+
+
+def count_nonzero(values: Tensor) -> int | Tensor:
+    """How many elements are not zero; on an accelerator a tensor, so that nobody waits for it."""
+    if values.device.type != "cpu":
+        return torch.count_nonzero(values)
+    # numpy counts booleans with vector instructions, torch counts floats one by one.
+    return int(np.count_nonzero((values != 0).numpy()))
 
 
 def count_sign_conflicts(trimmed: Sequence[Tensor]) -> int:
