@@ -8,6 +8,7 @@ python benchmarks/sweep.py kills --write         random processes killed, twenty
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import statistics
@@ -144,7 +145,7 @@ def replay(folder: Path, *, durations: Sequence[float], slots: int, rounds: int)
             run=run,
             config=config,
             plan=plan,
-            console=Console(quiet=True),
+            console=Console(io.StringIO()),
             events=EventLog(run),
             prepare=lambda known: None,
             cost=lambda train: train.learning_rate,

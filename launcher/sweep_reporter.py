@@ -17,6 +17,7 @@ from launcher.search_space import TrialSpec
 from launcher.trial import ended, read_status, write_status
 from launcher.trial_home import bring_events, bring_trial, fetch_trial
 from trainers.config import TrainConfig
+from trainers.errors import InputError
 
 LOOK_EVERY_S = 2.0
 """Seconds between two looks at the budget; each reads all trials' statuses."""
@@ -181,7 +182,10 @@ class SweepReporter:
         from eval.forgetting import classify
         from eval.report import read_report
 
-        scores = read_report(self.folder(name) / "validation.json").scores
+        try:
+            scores = read_report(self.folder(name) / "validation.json").scores
+        except InputError as error:  # a line for people must not end the trial's record in Tune
+            return error.what
         baseline = read_report(self.run / "baseline" / "validation.json").scores
         verdict = classify(scores=scores, baseline=baseline).verdict
         numbers = ((key, scores.get(key)) for key in ("forgetting", "retention", "mia_auc"))
