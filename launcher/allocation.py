@@ -12,8 +12,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 def reuse_freed_memory() -> bool:
     """Keep freed memory for the next tensor instead of giving it back; whether the system's allocator (glibc) could be told.
 
-    By default large tensors are mapped anew, and the kernel fills them with zeros page by page. What that saves a merge is within
-    the noise of its benchmark.
+    By default large tensors are mapped anew, and the kernel fills them with zeros page by page: a merge of two adapters then takes about
+    a fifth more processor time (benchmarks/LOG.md).
     For commands that end soon: the process stays as large as it ever was. Call it before threads start.
     """
     if not sys.platform.startswith("linux"):

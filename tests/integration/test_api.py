@@ -101,22 +101,22 @@ def test_the_best_model_of_a_whole_sweep_is_left_in_the_output_folder(target, se
 
 
 def test_it_returns_in_time_though_trials_would_never_end(target, sets, tmp_path, monkeypatch):
-    """Half an hour of steps in a minute: whatever checkpoint there is, or a clear word that there is none; and no process."""
+    """Half an hour of steps in forty seconds: whatever checkpoint there is, or a clear word that there is none; and no process."""
     monkeypatch.setenv("UNLEARN_TEST_TAG", "api-late")
     started = time.monotonic()
-    monkeypatch.setenv("UNLEARN_TIME_LIMIT_S", "60")
+    monkeypatch.setenv("UNLEARN_TIME_LIMIT_S", "40")
     problem = None
     try:
         unlearn(target.model, tmp_path / "out", *sets, settings=SLOW)
     except RunError as error:
         problem = str(error)
-    assert time.monotonic() - started < 75
+    assert time.monotonic() - started < 55
     assert not left_behind("api-late")
     assert (problem is None) == (tmp_path / "out").exists()
     if problem is None:
         check_complete(tmp_path / "out")
     else:
-        assert "no model within 60 s" in problem
+        assert "no model within 40 s" in problem
 
 
 def test_whenever_it_is_killed_the_output_folder_holds_a_whole_model(target, sets, tmp_path):
