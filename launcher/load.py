@@ -19,7 +19,7 @@ from launcher.config import ExperimentConfig, train_relations
 from launcher.masking import hide_secrets, names_secret, secrets_of
 from launcher.problems import Problem, field_at, findings, looks_secret, mask, nearest, report
 from launcher.search_space import Choice, Domain, Range, SearchSpace, flatten_overrides, set_path
-from launcher.templates import find_recipe
+from launcher.templates import find_recipe, template_names
 from launcher.yaml_text import dump_values, join_path, parse_scalar, parse_yaml
 from trainers.config import TrainConfig
 from trainers.errors import InputError
@@ -97,7 +97,9 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Lines, 
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1) if path.parent.is_dir() else []
+        beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        shipped = template_names() if path.parent == Path() else []
+        near = difflib.get_close_matches(path.name, [*beside, *shipped], n=1)
         hint = f'did you mean "{path.parent / near[0]}"?' if near else "`unlearn init --template quickstart` writes one to start from"
         raise InputError("configuration file not found", where=mask(str(path)), fix=hint) from None
     except IsADirectoryError:

@@ -134,6 +134,7 @@ USAGE = [
     Case("unknown command", lambda p: ["swep"], ("No such command 'swep'", "sweep")),
     Case("unknown option", lambda p: ["sweep", "a.yaml", "--dry"], ("No such option", "--dry-run")),
     Case("no configuration", lambda p: ["sweep"], ("Missing argument CONFIG", "unlearn sweep")),
+    Case("recipe with a typo", lambda p: ["sweep", "zjuklb"], ("configuration file not found", 'did you mean "zjuklab"?')),
     Case(
         "unknown template",
         lambda p: ["init", "--template", "quikstart"],
