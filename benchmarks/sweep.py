@@ -281,8 +281,8 @@ def kills_result(options: argparse.Namespace, *, command: str, root: Path) -> Re
     code, text = run_command("sweep", target_file, folder=root / "calm", limit_s=900)
     assert code == 0, text
     calm = root / "calm" / "small"
-    file = root / "stormy.yaml"
-    values = small_experiment(root / "calm" / "data", storage=root, target=calm / "target", name="stormy", sweep__max_failures=50)
+    file, stormy = root / "stormy.yaml", root / "stormy" / "small"
+    values = small_experiment(root / "calm" / "data", storage=stormy.parent, target=calm / "target", sweep__max_failures=50)
     file.write_text(json.dumps(values, indent=2))
     killed: dict[str, int] = {}
     starts = 0
@@ -297,10 +297,10 @@ def kills_result(options: argparse.Namespace, *, command: str, root: Path) -> Re
                     break
             if running_command.process.poll() == 0:
                 # It got through: another run from nothing, so that kills go on falling everywhere.
-                _forget(root / "stormy")
+                _forget(stormy)
     code, text = run_command("sweep", file, folder=root, limit_s=900)
     assert code == 0, text
-    assert_same_facts(calm, root / "stormy")
+    assert_same_facts(calm, stormy)
     return Result(
         theme="sweep_kills",
         title="A sweep whose processes are killed",
