@@ -185,6 +185,10 @@ def _run_trial(task: TrialTask, *, rank: Rank) -> Iterator[dict[str, Any]]:
     def asked() -> bool:
         return why_stop(task) is not None
 
+    if rank.device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(rank.device)
     note(name=task.name, state="running", reason=None, error=None, started=started, ended=None, retry=None)
     metrics: dict[str, Any] = {}
     try:
@@ -199,6 +203,7 @@ def _run_trial(task: TrialTask, *, rank: Rank) -> Iterator[dict[str, Any]]:
             if leads and limit is not None and time.time() - started > limit:
                 raise TimedOut(f"the trial ran for more than {limit:g} s", where="sweep.trial_timeout_s", fix="raise it, or train less")
         if leads:
+            note(**_peak_memory(rank.device))
             yield {name: value for name, value in metrics.items() if name != "signals"} | {"state": "evaluating"}
             _evaluate_trial(task, config=config, data=data, target=Path(plan["target"]), device=rank.device, stop=asked)
             if read_status(task.folder)["state"] == "running":
@@ -218,6 +223,15 @@ def _run_trial(task: TrialTask, *, rank: Rank) -> Iterator[dict[str, Any]]:
         if is_out_of_memory(error):
             raise _no_memory(error) from error
         raise
+
+
+def _peak_memory(device: str) -> dict[str, int]:
+    """The most that training held of a GPU, bytes, to be compared with what was planned."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    return {"peak_gpu_bytes": int(torch.cuda.max_memory_allocated(device))}
 
 
 def _no_memory(error: BaseException) -> OutOfMemory:

@@ -604,7 +604,7 @@ REFERENCE, PAIRS = Need.FORGET_REFERENCE_LOG_PROBS, Need.ALTERNATIVE_ANSWERS
         (ObjectiveConfig(name="ng_diff"), {Need.SIDE_GRADIENTS}),
         (ObjectiveConfig(name="task_vector_negation", retain_kl_weight=1.0), set()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, ObjectiveConfig) else "-".join(sorted(value)) or "nothing",
 )
 def test_an_objective_says_what_it_needs_from_the_loop(config: ObjectiveConfig, expected: set[Need]) -> None:
     assert needs(config) == expected
