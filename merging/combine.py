@@ -184,6 +184,19 @@ def _border(vector: Updates, name: str, density: float, device: str) -> Border |
     return None if remembered is None or density == 1 else remembered(name, density=density, device=device)
 
 
+def _magnitude_counts(vector: Updates, device: str) -> Tensor:
+    """The histogram of all magnitudes of a trial, which serves every density, where the task vector remembers it."""
+    remembered = getattr(vector, "magnitude_counts", None)
+    return count_magnitudes(vector, device=device) if remembered is None else remembered(device=device)
+
+
+def count_magnitudes(vector: Updates, *, device: str) -> Tensor:
+    """``magnitude_histogram`` over all tensors that a trial changes; one of them is held at a time."""
+    counts = sum(magnitude_histogram(vector.update(name, device=device)) for name in vector.names)
+    assert isinstance(counts, Tensor)
+    return counts
+
+
 def add_update(base: Tensor, *, update: Tensor, scale: float) -> Tensor:
     """``base + scale * update`` in float32, rounded once to the base's dtype; on a CPU a block at a time, without whole copies."""
     if base.device.type != "cpu" or not base.is_contiguous():
@@ -246,8 +259,7 @@ def majority_sign(*, vectors: Sequence[Updates], thresholds: Sequence[float] | N
 def _threshold(vector: Updates, *, density: float, device: str, more: int = 0) -> float:
     if density == 1:
         return 0.0
-    high_counts = sum(magnitude_histogram(vector.update(name, device=device)) for name in vector.names)
-    assert isinstance(high_counts, Tensor)
+    high_counts = _magnitude_counts(vector, device)
     num_kept = min(int(density * int(high_counts.sum())) + more, int(high_counts.sum()))
     if num_kept == 0:
         return float("inf")

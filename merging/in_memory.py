@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from merging.combine import add_update, check_vectors, combine, majority_sign, model_thresholds
+from merging.combine import add_update, check_vectors, combine, count_magnitudes, majority_sign, model_thresholds
 from merging.config import MergeConfig
 from merging.methods.low_rank import LowRank
 from merging.task_vectors import TaskVector, all_finite
@@ -55,6 +55,7 @@ class _CachedVector:
     def __init__(self, vector: TaskVector, cache: TensorCache, *, densities: Sequence[float]) -> None:
         self._vector, self._cache, self._densities = vector, cache, tuple(densities)
         self._borders: dict[tuple[str, float, str], Border] = {}
+        self._counts: dict[str, Tensor] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,6 +72,12 @@ class _CachedVector:
 
     def factors(self, name: str, *, device: str = "cpu") -> LowRank | None:
         return self._vector.factors(name, device=device)
+
+    def magnitude_counts(self, *, device: str = "cpu") -> Tensor:
+        """The histogram of all magnitudes, counted once for every density."""
+        if device not in self._counts:
+            self._counts[device] = count_magnitudes(self, device=device)
+        return self._counts[device]
 
     def border(self, name: str, *, density: float, device: str = "cpu") -> Border:
         """Where a trim of one tensor cuts; the first question about a tensor answers those about the other densities, too."""

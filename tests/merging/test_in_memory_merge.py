@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from merging import ties
+from merging import combine, ties
 from merging.config import MergeConfig
 from merging.in_memory import MergeSession, TensorCache
 from merging.merge import merge_checkpoint
@@ -88,6 +88,23 @@ def test_thresholds_of_all_densities_come_from_one_count(root, monkeypatch, dens
         for density in (0.2, 0.5, 0.8):
             session.apply(pair, MergeConfig(density=density, scale=1.1))
     assert sum(counted) == per_tensor * sum(len(vector.names) for vector in vectors)
+
+
+def test_a_whole_model_is_counted_once_for_all_densities(root, monkeypatch):
+    """The first pass over a trial's updates serves every density; the second, inside one bin, is that density's own."""
+    counted = []
+    honest = combine.magnitude_histogram
+
+    def count(update, *, inside=None):
+        counted.append(inside is None)
+        return honest(update, inside=inside)
+
+    monkeypatch.setattr(combine, "magnitude_histogram", count)
+    _, session = _session(root, dtype="float32")
+    for density in (0.2, 0.5, 0.8):
+        session.apply(("trial-01", "trial-03"), MergeConfig(density=density, trim_scope="model"))
+    changed = sum(len(open_task_vector(base=root / "base", trial=root / trial).names) for trial in ("trial-01", "trial-03"))
+    assert (sum(counted), len(counted)) == (changed, 4 * changed)
 
 
 def test_unknown_trials_and_wrong_weights_are_refused(root):
