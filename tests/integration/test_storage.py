@@ -39,6 +39,11 @@ def cluster(homes: Path) -> Iterator[Any]:
         (homes / name).mkdir()
         return {"HOME": str(homes / name)}
 
+    token, patch = Path.home() / ".ray" / "auth_token", pytest.MonkeyPatch()
+    if token.exists():
+        # A private Ray that this process started before has turned its token on, which is looked for in the home folder.
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": temporary, "env_vars": variables("head")}
     found = Cluster(initialize_head=True, head_node_args=head)
@@ -48,6 +53,7 @@ def cluster(homes: Path) -> Iterator[Any]:
         yield found
     finally:
         found.shutdown()
+        patch.undo()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
