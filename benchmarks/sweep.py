@@ -270,8 +270,8 @@ def many_result(options: argparse.Namespace, *, command: str, root: Path) -> Res
         },
         tables=[Table(("trials ended", "processes", "driver's file handles", "driver MiB", "other processes MiB", "scratch KiB"), lines)],
         reading=[
-            "Processes are Ray's and the trials' together. An exit code of 1 says that no trial is alive after one epoch and four new tokens, "
-            "as was checked, not that one failed."
+            "Processes are Ray's and the trials' together. An exit code of 1 says that no trial is alive after one epoch and four new "
+            "tokens, as was checked, not that one failed."
         ],
     )
 
