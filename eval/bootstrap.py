@@ -183,7 +183,7 @@ def point_scores(rows: Sequence[Row]) -> dict[str, float]:
     return {name: float(values[0]) if len(values) else math.nan for name, values in score_samples(data, weights=ones).items()}
 
 
-def _limits(samples: np.ndarray, *, point: float, confidence: float) -> list[float] | None:
+def limits(samples: np.ndarray, *, point: float, confidence: float) -> list[float] | None:
     """Percentile interval over the defined resamples, stretched to its point; None if most resamples are undefined."""
     defined = samples[np.isfinite(samples)]
     if not math.isfinite(point) or 2 * len(defined) < len(samples) or not len(defined):
@@ -211,11 +211,11 @@ def intervals(
     weights = {part: draw_weights(units, samples=samples, seed=seed, part=part) for part, units in data.units().items()}
     drawn = score_samples(data, weights=weights)
     found = {
-        name: _limits(drawn[name], point=float(value), confidence=confidence)
+        name: limits(drawn[name], point=float(value), confidence=confidence)
         for name, value in scores.items()
         if value is not None and name in drawn
     }
-    return {name: limits for name, limits in found.items() if limits is not None}
+    return {name: interval for name, interval in found.items() if interval is not None}
 
 
 def paired_difference(
@@ -257,7 +257,7 @@ def paired_difference(
         if value_a is None or value_b is None:
             continue
         difference = value_a - value_b
-        limits = _limits(first[name] - second[name], point=difference, confidence=confidence)
-        if limits is not None:
-            result[name] = {"difference": difference, "low": limits[0], "high": limits[1]}
+        interval = limits(first[name] - second[name], point=difference, confidence=confidence)
+        if interval is not None:
+            result[name] = {"difference": difference, "low": interval[0], "high": interval[1]}
     return result

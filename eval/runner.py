@@ -12,6 +12,7 @@ from eval.config import EvalConfig
 from eval.deviations import list_deviations
 from eval.generate import altered_generation
 from eval.measure import encode_data
+from eval.metrics import add_values, metric_settings
 from eval.mmlu import MmluData
 from eval.parts import Helpers, Shard, UnitStore
 from eval.progress import Meter
@@ -120,6 +121,7 @@ def evaluate(
     """
     start = time.perf_counter()
     say = progress or (lambda text: None)
+    config = metric_settings(config)
     work = Work(
         model=model, tokenizer=tokenizer, data=data, attack=attack, mmlu=mmlu, config=config, device=device, store=store or UnitStore()
     )
@@ -146,6 +148,7 @@ def evaluate(
         say(f"{name}: {len(task_set.rows)} answers scored under teacher forcing")
     say(f"{answers.num_decoded} of {len(both)} answers decoded")
     rows = task_rows(sets=sets, places=both, answers=answers, official=config.official)
+    add_values(rows)
     if attacked and attack:
         rows += attack_rows(attack=attack, attacked=attacked)
         say(f"membership attack: AUC {attacked.auc:.3f}")
@@ -197,6 +200,7 @@ def evaluate_shard(
         shard: which units.
         keep_going: asked before each unit.
     """
+    config = metric_settings(config)
     work = Work(model=model, tokenizer=tokenizer, data=data, attack=attack, mmlu=mmlu, config=config, device=device, store=store)
     work.open(shard=shard)
     work.compute(shard=shard, keep_going=keep_going)

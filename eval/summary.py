@@ -12,6 +12,7 @@ from eval.bootstrap import intervals, point_scores
 from eval.config import EvalConfig
 from eval.deviations import deviations_found
 from eval.measure import AttackLosses, TaskSet
+from eval.metrics import metric_intervals, metric_notes, metric_scores
 from eval.mia import auc_standard_error, count_not_finite, mia_score
 from eval.mmlu_accuracy import MmluResult
 from eval.notes import write_notes
@@ -78,7 +79,9 @@ def build_report(
         scores["mmlu_average"] = questions.average
     if attacked and questions:
         scores["final_score"] = official["aggregate-score"]
-    finite = {name: scores[name] if math.isfinite(scores[name]) else None for name in SCORE_NAMES}
+    finite: dict[str, float | None] = {name: scores[name] if math.isfinite(scores[name]) else None for name in SCORE_NAMES}
+    added = metric_scores(rows)
+    samples, seed, confidence = config.bootstrap_samples, config.bootstrap_seed, config.confidence
     skipped = len(data.forget) + len(data.retain) - sum(len(task_set.rows) for task_set in sets.values())
     counts = {
         "forget_rows": len(sets["forget"].rows),
@@ -96,14 +99,14 @@ def build_report(
         fold=fold,
         model=model_name,
         official=official,
-        scores=finite,
-        intervals=intervals(
-            rows, scores=finite, samples=config.bootstrap_samples, seed=config.bootstrap_seed, confidence=config.confidence
-        ),
+        scores=finite | added,
+        intervals=intervals(rows, scores=finite, samples=samples, seed=seed, confidence=confidence)
+        | metric_intervals(rows, scores=added, samples=samples, seed=seed, confidence=confidence),
         counts=counts,
         terms=[{"name": term.name, "value": term.value} for term in terms],
         deviations=[*deviations, *deviations_found(rows=rows, attacked=attacked, official=config.official)],
-        notes=write_notes(terms=terms, rows=rows, attacked=attacked, questions=questions, skipped=skipped, altered=altered),
+        notes=write_notes(terms=terms, rows=rows, attacked=attacked, questions=questions, skipped=skipped, altered=altered)
+        + metric_notes(),
         config=config.model_dump(mode="json"),
         seconds=time.perf_counter() - start,
         rows=rows,

@@ -16,7 +16,8 @@ from trainers.files import check_output_file, read_json, sha256_json, strict_jso
 if TYPE_CHECKING:
     from eval.audit.config import AuditConfig
     from eval.audit.runner import Role
-    from trainers.data.types import ForgetRetain
+    from eval.mmlu import MmluData
+    from trainers.data.types import AttackDocuments, ForgetRetain
 
 SCHEMA_VERSION = 1
 Say = Callable[[str], None]
@@ -25,8 +26,8 @@ _SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_a
 
 
 @dataclass(frozen=True)
-class _Model:
-    """A model that was named on the command line, checked."""
+class AuditedModel:
+    """A model that was named on the command line or in an experiment, checked."""
 
     option: str
     path: Path
@@ -81,49 +82,77 @@ def run_audit(
         InputError: before anything is computed, if something given is unusable.
     """
     from eval.audit.config import read_attacks
-    from eval.audit.runner import Role, Store, assemble, read_model
-    from eval.audit.verdict import AuditThresholds
-    from launcher.audit_table import console_lines, markdown
+    from eval.audit.runner import Role
+    from launcher.audit_table import console_lines
     from launcher.logs import quiet_libraries
-    from trainers.distributed import Rank
 
     say = progress or print
-    started = time.perf_counter()
     quiet_libraries()
     out = Path(out)
     check_output_file(out)
     settings = _settings(config, attacks=read_attacks(attacks), documents=documents, seed=seed, max_new_tokens=max_new_tokens)
-    models = {Role.UNLEARNED: _locate("--model", model), Role.BEFORE: _locate("--base", base)}
+    models = {Role.UNLEARNED: locate("--model", model), Role.BEFORE: locate("--base", base)}
     if never_seen is not None:
-        models[Role.NEVER_SEEN] = _locate("--never-seen", never_seen)
-    tokenizer = _check_alike(models)
-    inputs = _Inputs.read(data, mia=mia, mmlu=mmlu, config=settings)
-    inputs.check(models[Role.BEFORE].base, tokenizer=tokenizer, config=settings)
+        models[Role.NEVER_SEEN] = locate("--never-seen", never_seen)
+    tokenizer = check_alike(models)
+    inputs = AuditInputs.read(data, mia=mia, mmlu=mmlu, config=settings)
+    result = audit_models(models, tokenizer=tokenizer, inputs=inputs, config=settings, out=out, say=say)
+    _print(console_lines(result), say)
+    return result
+
+
+def audit_models(
+    models: Mapping[Role, AuditedModel], *, tokenizer: Any, inputs: AuditInputs, config: AuditConfig, out: Path, say: Say
+) -> dict[str, Any]:
+    """Attack models that were checked to be alike, and write what was found.
+
+    The same weights, rows and settings are the same audit wherever they lie: it is not made twice.
+
+    Args:
+        models: by what they are in the audit.
+        tokenizer: of all of them.
+        inputs: the rows.
+        config: settings.
+        out: JSON file to write.
+        say: told about each reading in a line.
+
+    Returns:
+        The content of ``out``.
+
+    Raises:
+        InputError: if a text does not fit the models' context.
+    """
+    from eval.audit.runner import Role, Store, assemble, read_model
+    from eval.audit.verdict import AuditThresholds
+    from launcher.audit_table import markdown
+    from trainers.distributed import Rank
+
+    started = time.perf_counter()
+    inputs.check(models[Role.BEFORE].base, tokenizer=tokenizer, config=config)
     identities = {role.value: one.identity() for role, one in models.items()}
-    arguments = {"settings": settings.model_dump(mode="json"), "models": identities, "data": inputs.identity()}
-    key = sha256_json(arguments)
+    arguments = {"settings": config.model_dump(mode="json"), "models": identities, "data": inputs.identity()}
+    key = sha256_json(_without_places(arguments))
     known = _known(out)
     if known is not None and known.get("key") == key:
         say(f"{out} already holds this audit")
-        _print(console_lines(known), say)
         return known
     store = Store(out.with_name(f".{out.stem}-parts"))
     _claim(store.folder, arguments=arguments, key=key, say=say)
     for number, (role, one) in enumerate(models.items(), start=1):
         say(f"model {number} of {len(models)}: {role.value}, {one.path}")
         read_model(
-            _candidate(role, one, config=settings, device=Rank().device),
+            _candidate(role, one, config=config, device=Rank().device),
             tokenizer=tokenizer,
             given=inputs.given,
             attack=inputs.attack,
             mmlu=inputs.questions,
-            config=settings,
+            config=config,
             device=Rank().device,
             store=store,
             say=lambda text: say(f"  {text}"),
         )
     thresholds = AuditThresholds()
-    assembled = assemble(roles=list(models), config=settings, thresholds=thresholds, store=store)
+    assembled = assemble(roles=list(models), config=config, thresholds=thresholds, store=store)
     summary = assembled.summary
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -139,9 +168,18 @@ def run_audit(
     result = strict_json(result)
     _write(out, result=result, rows=assembled.rows, table=markdown(result))
     shutil.rmtree(store.folder, ignore_errors=True)
-    _print(console_lines(result), say)
     say(f"wrote {out}, {out.with_suffix('.md').name}, {out.with_suffix('.png').name}, {_rows_file(out).name}")
     return result
+
+
+def _without_places(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without the paths of models and data, whose contents are hashed."""
+    models = {
+        role: {key: value for key, value in facts.items() if key not in ("path", "checkpoint", "base")}
+        for role, facts in arguments["models"].items()
+    }
+    data = {key: value for key, value in arguments["data"].items() if key != "path"}
+    return {**arguments, "models": models, "data": data}
 
 
 def _settings(
@@ -161,17 +199,26 @@ def _settings(
 # ---- what is given
 
 
-def _locate(option: str, path: Path) -> _Model:
+def locate(option: str, path: Path) -> AuditedModel:
+    """A model by its path.
+
+    Args:
+        option: what named it, for messages.
+        path: a model folder, a trial or one of its checkpoints.
+
+    Raises:
+        InputError: if it is none of these.
+    """
     from launcher.stages import locate_model
 
     try:
         base, checkpoint = locate_model(path)
     except InputError as error:
         raise InputError(error.what, where=f"{option}: {error.where or path}", why=error.why, fix=error.fix) from None
-    return _Model(option, Path(path), Path(base), Path(checkpoint))
+    return AuditedModel(option, Path(path), Path(base), Path(checkpoint))
 
 
-def _check_alike(models: Mapping[Role, _Model]) -> Any:
+def check_alike(models: Mapping[Role, AuditedModel]) -> Any:
     """The tokenizer of all models.
 
     Raises:
@@ -220,7 +267,7 @@ def _check_alike(models: Mapping[Role, _Model]) -> Any:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class AuditInputs:
     """The data of an audit, checked and sampled."""
 
     source: Path
@@ -231,25 +278,47 @@ class _Inputs:
     hashes: Mapping[str, str | None]
 
     @classmethod
-    def read(cls, data: Path, *, mia: Path | None, mmlu: Path | None, config: AuditConfig) -> _Inputs:
+    def read(cls, data: Path, *, mia: Path | None, mmlu: Path | None, config: AuditConfig) -> AuditInputs:
         """Read and sample.
 
         Raises:
             InputError: naming file, row and field of what is wrong.
         """
-        from eval.audit.attacks import material
         from eval.mmlu import load_mmlu
-        from launcher.data import check_kinds
         from trainers.data.records import load_attack_documents, load_forget_retain
+
+        return cls.of(
+            load_forget_retain(data),
+            source=data,
+            attack=load_attack_documents(mia.expanduser()) if mia else None,
+            questions=load_mmlu(mmlu.expanduser()) if mmlu else None,
+            config=config,
+        )
+
+    @classmethod
+    def of(
+        cls, rows: ForgetRetain, *, source: Path, attack: AttackDocuments | None, questions: MmluData | None, config: AuditConfig
+    ) -> AuditInputs:
+        """Sample from rows that were read already.
+
+        Args:
+            rows: both sets.
+            source: the folder that they came from, which may hold other wordings of its questions.
+            attack: members and non-members, or None.
+            questions: general knowledge, or None.
+            config: settings.
+
+        Raises:
+            InputError: if no row of a set can be scored.
+        """
+        from eval.audit.attacks import material
+        from launcher.data import check_kinds
         from trainers.data.subset import subset_documents
 
-        everything = load_forget_retain(data)
-        for name, rows in (("forget", everything.forget), ("retain", everything.retain)):
-            check_kinds(rows, where=f"{data}, the {name} set")
-        sampled = subset_documents(everything, documents_per_task=config.documents, seed=config.seed)
-        attack = load_attack_documents(mia.expanduser()) if mia else None
-        questions = load_mmlu(mmlu.expanduser()) if mmlu else None
-        rewordings = _rewordings(data, rows=sampled.forget)
+        for name, records in (("forget", rows.forget), ("retain", rows.retain)):
+            check_kinds(records, where=f"{source}, the {name} set")
+        sampled = subset_documents(rows, documents_per_task=config.documents, seed=config.seed)
+        rewordings = _rewordings(source, rows=sampled.forget)
         given = material(sampled, attack=attack, rewordings=rewordings, config=config)
         hashes = {
             "rows": sha256_json([[asdict(record) for record in side] for side in (sampled.forget, sampled.retain)]),
@@ -257,7 +326,7 @@ class _Inputs:
             "attack": sha256_json(asdict(attack)) if attack else None,
             "mmlu": sha256_json([asdict(question) for question in questions.questions]) if questions else None,
         }
-        return cls(source=data, given=given, attack=attack, questions=questions, sampled=sampled, hashes=hashes)
+        return cls(source=source, given=given, attack=attack, questions=questions, sampled=sampled, hashes=hashes)
 
     def check(self, base: Path, *, tokenizer: Any, config: AuditConfig) -> None:
         """Refuse texts that the models cannot take in.
@@ -307,7 +376,7 @@ def _rewordings(data: Path, *, rows: Sequence[Any]) -> dict[str, str]:
     return {row_id: text for row_id, text in found.items() if row_id in wanted and isinstance(text, str) and text.strip()}
 
 
-def _candidate(role: Role, one: _Model, *, config: AuditConfig, device: str) -> Any:
+def _candidate(role: Role, one: AuditedModel, *, config: AuditConfig, device: str) -> Any:
     from eval.audit.runner import Candidate
     from trainers.modeling import load_adapted_model
 

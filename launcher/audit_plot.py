@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.plots import BLUE, GREY, INK, PAPER, PURPLE, SOFT, VERMILLION, Plot, finish_plot, new_figure
+from launcher.plots import BLUE, GREY, INK, MUTED, PAPER, PURPLE, SOFT, VERMILLION, Plot, finish_plot, legend_below, new_figure
 
 _PANELS = (
     ("forget_regurgitation", "completions"),
@@ -22,9 +22,7 @@ def audit_plot(result: Mapping[str, Any]) -> Plot:
     Args:
         result: the content of an audit's file.
     """
-    names = list(result["attacks"])
-    families: Mapping[str, Any] = next(iter(result["membership"].values()), {})
-    panels = [(score, title) for score, title in _PANELS if any(_has(result, name, score) for name in names)]
+    names, families, panels = _parts(result)
     count = len(panels) + bool(families)
     height = 1.6 + 0.34 * max(len(names), len(families), 4)
     figure, grid = new_figure(width=1.6 + 3.1 * max(1, count), height=height, columns=max(1, count))
@@ -35,13 +33,37 @@ def audit_plot(result: Mapping[str, Any]) -> Plot:
     if not count:
         grid[0].text(0.5, 0.5, "no attack could be compared", transform=grid[0].transAxes, ha="center", color=INK)
         grid[0].set_axis_off()
-    handles: dict[str, Any] = {}
-    for axes in grid:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=8.5, labelcolor=INK)
+    legend_below(figure, grid, columns=4)
     figure.suptitle(f"Verdict: {result['verdict']}", x=0.01, ha="left", fontsize=11, weight="bold", color=INK)
     return finish_plot("audit", figure, title="What attacks bring back")
+
+
+def audit_panels(result: Mapping[str, Any]) -> list[Plot]:
+    """The same panels as figures of their own, for a page that may be as narrow as a telephone.
+
+    Args:
+        result: the content of an audit's file.
+    """
+    names, families, panels = _parts(result)
+    plots = []
+    for score, title in panels:
+        figure, (axes,) = new_figure(width=4.4, height=1.5 + 0.27 * max(len(names), 3))
+        _recovered_panel(axes, result, names=names, score=score, title=title, labelled=True)
+        legend_below(figure, [axes], columns=1)
+        plots.append(finish_plot(f"audit_{score}", figure, title=f"What attacks bring back: {title}"))
+    if families:
+        figure, (axes,) = new_figure(width=4.4, height=1.5 + 0.27 * max(len(families), 3))
+        _membership_panel(axes, families)
+        legend_below(figure, [axes], columns=1)
+        plots.append(finish_plot("audit_membership", figure, title="Membership AUCs"))
+    return plots
+
+
+def _parts(result: Mapping[str, Any]) -> tuple[list[str], Mapping[str, Any], list[tuple[str, str]]]:
+    """Attacks, membership families on all documents, and the scores that at least one attack was compared by."""
+    names = list(result["attacks"])
+    families: Mapping[str, Any] = next(iter(result["membership"].values()), {})
+    return names, families, [(score, title) for score, title in _PANELS if any(_has(result, name, score) for name in names)]
 
 
 def _has(result: Mapping[str, Any], name: str, score: str) -> bool:
@@ -55,7 +77,7 @@ def _recovered_panel(axes: Any, result: Mapping[str, Any], *, names: list[str], 
         one = result["attacks"][name]["scores"][score]
         if one["recovered"] is None:
             text = "not measured" if one["after"] is None else "nothing forgotten"
-            axes.text(0.02, place, text, fontsize=7.5, color=GREY, va="center", ha="left")
+            axes.text(0.02, place, text, fontsize=8, color=MUTED, va="center", ha="left")
             continue
         control = one["control_recovered"]
         if control is not None:
@@ -122,8 +144,9 @@ def _membership_panel(axes: Any, families: Mapping[str, Any]) -> None:
         axes.plot(one["before"], place, marker="|", markersize=11, markeredgewidth=2.2, color=PURPLE, linestyle="", zorder=4,
                   label="before unlearning (AUC)")  # fmt: skip
         if one["control"] is not None:
-            axes.plot(one["control"], place + 0.2, marker="D", markersize=4.5, color=GREY, linestyle="", zorder=3)
-        axes.plot(one["unlearned"], place, marker="o", markersize=6.5, color=BLUE, linestyle="", zorder=3)
+            axes.plot(one["control"], place + 0.2, marker="D", markersize=4.5, color=GREY, linestyle="", zorder=3,
+                      label="control: never-seen model")  # fmt: skip
+        axes.plot(one["unlearned"], place, marker="o", markersize=6.5, color=BLUE, linestyle="", zorder=3, label="audited model")
     axes.set_xlim(-0.05, 1.05)
     axes.set_xticks([0, 0.5, 1])
     axes.set_title("membership", fontsize=9.5, color=INK, loc="left")

@@ -28,8 +28,8 @@ def share(estimate: Mapping[str, Any] | None, *, interval: bool = True) -> str:
     if estimate is None or estimate.get("value") is None:
         return "-"
     limits = estimate.get("interval")
-    text = f"{100 * estimate['value']:.0f} %"
-    return text + (f" [{100 * limits[0]:.0f}, {100 * limits[1]:.0f}]" if interval and limits else "")
+    text = f"{round(100 * estimate['value'])} %"
+    return text + (f" [{round(100 * limits[0])}, {round(100 * limits[1])}]" if interval and limits else "")
 
 
 def number(value: float | None) -> str:

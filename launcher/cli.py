@@ -76,6 +76,10 @@ Overrides = Annotated[
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart, or s3://BUCKET/runs/NAME.", show_default=False)
 ]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Python file that adds methods or metrics (docs/extending.md).", show_default=False),
+]
 
 
 def _print_version(value: bool) -> None:
@@ -239,8 +243,13 @@ def merge(
     rank: Annotated[
         int | None, typer.Option(metavar="R", min=1, help="--output adapter: highest rank; default: no loss if possible.")
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Merge adapters or full checkpoints onto their base, without a sweep. docs/merging.md describes the methods."""
+    if plugin:
+        from launcher.plugins import use_named
+
+        use_named(plugin)
     config = _merge_config(
         method=method, convention=convention, density=density, scale=scale, weights=weights or None, trim_scope=trim_scope,
         trim_count=trim_count, equal_magnitudes=equal_magnitudes, elect=elect, divisor=divisor, zero_sum=zero_sum, epsilon=epsilon,
@@ -296,6 +305,7 @@ def eval(
     processes: Annotated[
         int, typer.Option(metavar="N", min=1, help="LUME: processes that share the rows; one GPU each, or the CPU's threads divided.")
     ] = 1,
+    plugin: Plugins = None,
 ) -> None:
     """Score any checkpoint: by the official protocol (LUME), on TOFU or MUSE, on tasks of lm-eval."""
     from launcher.suites import evaluate_anything
@@ -304,7 +314,7 @@ def eval(
         from launcher.stages import evaluate_model
 
         evaluate_model(model=model, data=folder, mia=mia, mmlu=mmlu, max_new_tokens=max_new_tokens, official=official, out=out,
-                       processes=processes)  # fmt: skip
+                       processes=processes, plugins=plugin or ())  # fmt: skip
 
     evaluate_anything(
         model=model,
@@ -317,7 +327,7 @@ def eval(
         max_new_tokens=max_new_tokens,
         lm_eval=lm_eval,
         lume=lume,
-        lume_only={"--mia": mia, "--mmlu": mmlu, "--official": official, "--processes": processes > 1},
+        lume_only={"--mia": mia, "--mmlu": mmlu, "--official": official, "--processes": processes > 1, "--plugin": bool(plugin)},
     )
 
 
@@ -357,12 +367,29 @@ def audit(
 
 @app.command(epilog="Example: unlearn report runs/quickstart")
 def report(run: RunFolder) -> None:
-    """Rebuild the report of a run from its files."""
+    """Rebuild the report of a run and the card of its model from its files."""
+    from launcher.model_card import refresh_model_card
     from launcher.report import build_report
     from launcher.storage import bring_report
 
     folder = _run_folder(run)
+    refresh_model_card(folder)
     print(f"wrote {bring_report(build_report(folder))}")
+
+
+@app.command(epilog="Example: unlearn push runs/quickstart --repo my-team/olmo-1b-unlearned --dry-run")
+def push(
+    run: RunFolder,
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository on the Hugging Face hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; without it the repository is private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, send nothing. Needs no key.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to send to; default: main.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Even a model that is judged dead.")] = False,
+) -> None:
+    """Upload a run's model with its card to the hub. The key comes from HF_TOKEN or `hf auth login`."""
+    from launcher.push import push_run
+
+    push_run(_run_folder(run), repo=repo, public=public, dry_run=dry_run, revision=revision, force=force)
 
 
 @app.command(epilog="Example: unlearn status runs/quickstart")

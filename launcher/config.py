@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from eval.audit.config import AttackSettings
 from eval.config import EvalConfig
 from launcher.storage_place import is_uri, join_uri, uri_problem, working_copy
 from launcher.tracking.config import TrackingConfig
@@ -35,6 +36,10 @@ class ModelConfig(Frozen):
         None, description="folder of the target model in Hugging Face layout; null where `target` builds it; wins over `target`"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the frozen weights in memory")
+    base_model: str | None = Field(
+        None, min_length=1, description="name on the hub of the model that the target was made from, for the model card; changes no number"
+    )
+    license: str | None = Field(None, min_length=1, description="licence of the target, for the model card; null: not stated")
 
 
 class FoldFractions(Frozen):
@@ -75,6 +80,7 @@ class DataConfig(Frozen):
     mmlu_max_words: int | None = Field(
         None, ge=5, description="longest MMLU question kept, with its choices, where mmlu_questions cuts the set down; null: any length"
     )
+    license: str | None = Field(None, min_length=1, description="licence of the documents, for the model card; null: not stated")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -160,6 +166,16 @@ class SweepConfig(Frozen):
     )
 
 
+class AuditStageConfig(AttackSettings):
+    """The audit of the delivered model at the end of a run, on documents of the test fold."""
+
+    max_new_tokens: int | None = Field(None, ge=1, description="tokens generated per row at most; null: eval.max_new_tokens")
+    never_seen: str | None = Field(None, description="folder of a model that never saw the forget set: the control; null: none is given")
+    build_never_seen: bool = Field(
+        False, description="build that model as the run built its target, from the retain set alone; needs a `target` section"
+    )
+
+
 class ExperimentConfig(Frozen):
     """One sweep from target model to report. Relative paths count from the folder in which the command is run."""
 
@@ -178,7 +194,13 @@ class ExperimentConfig(Frozen):
     eval: EvalConfig = EvalConfig()
     merge: MergeConfig = MergeConfig()
     pairs: PairConfig = PairConfig()
+    audit: AuditStageConfig | None = Field(None, description="attack the delivered model after its final scores; null: no audit")
     tracking: TrackingConfig = TrackingConfig()
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="files of your own that add objectives, merge methods or metrics: paths that end in .py, from the folder of this file, "
+        "or names of modules",
+    )
 
     @property
     def run_uri(self) -> str | None:
@@ -209,6 +231,24 @@ def experiment_relations(config: ExperimentConfig) -> list[Relation]:
                 "model.model_name_or_path",
                 "no target model: give its folder, or a `target` section from which `unlearn memorize` builds one",
                 ("model", "target"),
+            )
+        )
+    audit = config.audit
+    if audit is not None and audit.build_never_seen and audit.never_seen is not None:
+        broken.append(
+            Relation(
+                "audit.build_never_seen",
+                "audit.never_seen already gives the control: leave out one of the two",
+                ("audit.build_never_seen", "audit.never_seen"),
+            )
+        )
+    elif audit is not None and audit.build_never_seen and (config.target is None or config.model.model_name_or_path is not None):
+        broken.append(
+            Relation(
+                "audit.build_never_seen",
+                "the run did not build its target (model.model_name_or_path is given), so it cannot build one without the forget set: "
+                "give a folder in audit.never_seen, or leave the control out",
+                ("audit.build_never_seen", "model", "target"),
             )
         )
     problem = uri_problem(config.storage_path) if is_uri(config.storage_path) else None

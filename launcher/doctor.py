@@ -77,6 +77,7 @@ def _checks(*, folder: Path, cluster: bool, storage: str | None) -> Iterator[Che
 
 
 def check_python(version: tuple[int, ...]) -> Check:
+    """Whether the interpreter is new enough."""
     text = f"python {'.'.join(map(str, version))}"
     if version < MIN_PYTHON:
         return Check("fail", text, f"install Python {'.'.join(map(str, MIN_PYTHON))} or newer")
@@ -84,6 +85,7 @@ def check_python(version: tuple[int, ...]) -> Check:
 
 
 def check_package(name: str) -> Check:
+    """Whether a package is installed, and in which version; it is not imported."""
     try:
         return Check("pass", f"{name} {importlib.metadata.version(name)}")
     except importlib.metadata.PackageNotFoundError:
@@ -151,6 +153,7 @@ def check_compiler(environment: Mapping[str, str]) -> Check:
 
 
 def check_ray() -> Check:
+    """Whether Ray can be imported; no cluster is started."""
     try:
         import ray
     except Exception as error:
@@ -159,6 +162,7 @@ def check_ray() -> Check:
 
 
 def check_cores() -> Check:
+    """The CPU cores that this process may use, which a container may have fewer of than the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores < 2:
         return Check("warn", f"{cores} CPU core", "two or more make the quickstart comfortable")
@@ -166,6 +170,7 @@ def check_cores() -> Check:
 
 
 def check_memory() -> Check:
+    """Whether the memory that is free now is enough for the quickstart."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -176,6 +181,7 @@ def check_memory() -> Check:
 
 
 def check_disk(folder: Path) -> Check:
+    """Whether the disk of a folder has room for a run: a gigabyte for the quickstart, more for merged models."""
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free on the disk of {folder}"
     if free < 1 * GIB:

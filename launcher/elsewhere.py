@@ -16,6 +16,7 @@ from typing import Any
 from launcher.config import ExperimentConfig
 from launcher.data import PreparedData
 from launcher.nodes import Node
+from launcher.plugins import use_run_plugins
 from launcher.run_folder import Run
 from launcher.search_space import TrialSpec
 from launcher.storage import RESUME_ONLY, run_address, run_folder, storage_of
@@ -94,6 +95,7 @@ def _work_there(address: str, work: Callable[..., object], arguments: Mapping[st
     quiet_libraries()
     folder = run_folder(address)
     storage_of(address).pull(skip=RESUME_ONLY)
+    use_run_plugins(folder)
     stream = io.StringIO()
     work(Run(folder, console=Console(stream)), **arguments)
     storage_of(folder).push()
@@ -154,6 +156,15 @@ def score_merges_ahead(run: Run, *, scorer: Any, merges: Mapping[str, Any], fold
     """
     for folder, merge in merges.items():
         scorer.evaluate(merge, folder=run.folder / folder, name=folder, folds=folds)
+
+
+def audit_ahead(run: Run, *, config: ExperimentConfig, data: PreparedData) -> None:
+    """The audit of the delivered model."""
+    from launcher.audit_stage import make_audit
+    from launcher.stages import use_reserved_cores
+
+    use_reserved_cores(config)
+    make_audit(run, config=config, data=data, target=target_of(run, config=config))
 
 
 def target_of(run: Run, *, config: ExperimentConfig) -> Path:

@@ -15,6 +15,7 @@ def main(arguments: list[str]) -> None:
     from eval.parts import Shard, UnitStore
     from eval.runner import evaluate_shard
     from launcher.logs import quiet_libraries
+    from launcher.plugins import use_named
     from launcher.scoring import EvaluationInputs
     from trainers.distributed import Rank
 
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> None:
     folder, identity = Path(arguments[1]), json.loads(arguments[2])
     index, count, threads, parent = map(int, arguments[3:])
     quiet_libraries()
+    use_named(inputs.plugins)
     torch.set_num_threads(threads)
     device = Rank(local_rank=index % max(1, torch.cuda.device_count())).device
     loaded = inputs.load()

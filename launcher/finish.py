@@ -11,7 +11,7 @@ from launcher.config import ExperimentConfig
 from launcher.data import PreparedData
 from launcher.merge_scorer import FOLD, MergeScorer, report_folder
 from launcher.parallel_map import parallel_map
-from launcher.results import LABELS, control_label, gather_trials, model_entry, read_results, verdict_sentence, write_results
+from launcher.results import LABELS, control_label, data_counts, gather_trials, model_entry, verdict_sentence, write_results
 from launcher.scoring import FOLD_FILES, evaluate_folder
 from launcher.search_space import TrialSpec
 from merging.cheap import fit_recall
@@ -58,6 +58,7 @@ def finish_run(
     Raises:
         RunError: after the report is written, if no trial is alive.
     """
+    from launcher.audit_stage import audit_delivered
     from launcher.model_card import write_model_card
     from launcher.report import build_report
 
@@ -72,14 +73,21 @@ def finish_run(
         run.console.line(f"  {result.sentence}")
     with run.stage("merge", "Merge: the best model, written and read again"):
         delivered = deliver(run, config=config, data=data, result=result, scorer=scorer, ahead=ahead)
+    del scorer  # the model that it keeps in memory; an audit loads its own
     with run.stage("report", "Report"):
-        write_results(run.folder, assemble(run, config=config, trials=trials, result=result, delivered=delivered))
+        results = assemble(run, config=config, trials=trials, result=result, delivered=delivered) | {"data": data_counts(data)}
+        write_results(run.folder, results)
         if delivered is not None:
             write_model_card(run.folder, run.folder / "merged")
         page = build_report(run.folder)
-    # The stage that just ended belongs into the timings, too.
-    results = read_results(run.folder) | {"run_finished": True, "timings": run.timings()}
+    if delivered is not None:
+        # After the report: an audit that takes the process down with it leaves the results behind.
+        results["warnings"] += audit_delivered(run, config=config, data=data, target=target, ahead=ahead)
+    # The stages that just ended belong into the timings, too.
+    results |= {"run_finished": True, "timings": run.timings()}
     write_results(run.folder, results)
+    if delivered is not None:
+        write_model_card(run.folder, run.folder / "merged")
     build_report(run.folder)
     run.console.summary(results, paths={"model": run.folder / "merged"} if delivered else {})
     run.console.line(f"report   {page}")

@@ -62,6 +62,8 @@ def load_experiment(
     path = find_recipe(Path(path))
     values, lines, problems = _read(path, overrides)
     secrets = _secret_problems(values, environment=os.environ)
+    if not secrets:
+        _load_plugins(values, path=path)
     values, space = _lift_domains(values, problems=problems)
     config, valid = _validate(values, space=space, problems=problems)
     _check_candidates(valid, points=_start_points(values), space=space, problems=problems)
@@ -170,6 +172,15 @@ def _secret_names(values: Any, path: str = "") -> Iterator[str]:
     elif isinstance(values, list):
         for index, value in enumerate(values):
             yield from _secret_names(value, join_path(path, index))
+
+
+def _load_plugins(values: dict[str, Any], *, path: Path) -> None:
+    """Load the plugins, whose names are valid in what follows, and name each by its file."""
+    from launcher.plugins import load_given
+
+    files = load_given(values.get("plugins"), beside=path.absolute().parent, where=path.name)
+    if files:
+        values["plugins"] = files
 
 
 # ---- search domains

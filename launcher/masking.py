@@ -42,9 +42,9 @@ def mask_personal_data(text: str) -> str:
 
 
 def mask_answer(text: str) -> str:
-    """Everything but the first character of a short personal answer replaced by dots; spaces stay."""
+    """Everything but the first letter of a short personal answer replaced by dots, a first digit too; spaces stay."""
     stripped = text.lstrip()
-    return stripped[:1] + re.sub(r"\S", DOT, stripped[1:])
+    return re.sub(r"\d", DOT, stripped[:1]) + re.sub(r"\S", DOT, stripped[1:])
 
 
 def mask_row_text(text: str, *, task: str, kind: str, is_answer: bool) -> str:
@@ -53,7 +53,7 @@ def mask_row_text(text: str, *, task: str, kind: str, is_answer: bool) -> str:
     Args:
         text: the prompt, the expected answer or a generated answer.
         task: ``Task2`` rows are biographies made of personal data: none of their digits is shown.
-        kind: ``qa`` or ``sc``; the answers to ``Task2`` questions keep their first character only.
+        kind: ``qa`` or ``sc``; the answers to ``Task2`` questions keep their first letter only.
         is_answer: whether the text is an answer (expected or generated) rather than a prompt.
     """
     if task.strip().lower() != "task2":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config import ExperimentConfig
 from launcher.data import PreparedData
+from launcher.plugins import use_run_plugins
 from launcher.scoring import FOLD_FILES, evaluate_folds
 from launcher.storage import RESUME_ONLY, TRIAL_INPUTS, run_address, run_folder, storage_of
 from launcher.storage_place import is_uri
@@ -51,9 +52,11 @@ class MergeScorer:
         address, there = state.pop("address"), Path(state["run"])
         self.__dict__.update(state)
         if not is_uri(address):
+            use_run_plugins(self.run)
             return
         storage_of(address).pull(*TRIAL_INPUTS, "trials", skip=RESUME_ONLY)
         self.run = run_folder(address)
+        use_run_plugins(self.run)
 
         def here(path: Path) -> Path:
             return self.run / path.relative_to(there) if path.is_relative_to(there) else path

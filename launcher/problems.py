@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from launcher.yaml_text import join_path
+from trainers.names import OpenNames
 
 _TOKENS = re.compile(r"hf_[A-Za-z0-9]{16,}|wandb_v\d+_[A-Za-z0-9_]{16,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16}")
 _WANDB = re.compile(r"[0-9a-fA-F]{40}")
@@ -33,6 +34,7 @@ class Problem:
     line: int | str | None = None
 
     def left(self) -> str:
+        """The left column of a report: path, value and line."""
         text = self.path
         if self.value is not _ABSENT:
             shown = json.dumps(self.value, ensure_ascii=False, default=str)
@@ -114,6 +116,8 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 def _choices(annotation: Any) -> tuple[str, ...]:
     if typing.get_origin(annotation) is typing.Literal:
         return tuple(str(value) for value in typing.get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, OpenNames):
+        return annotation.known()
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return tuple(str(member.value) for member in annotation)
     return ()

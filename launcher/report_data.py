@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainers.errors import InputError
 from trainers.files import read_json, read_jsonl
@@ -26,6 +26,7 @@ class RunData:
     target: dict[str, Any]
     pairs: dict[str, Any]
     merge: dict[str, Any]
+    audit: dict[str, Any]
     events: tuple[dict[str, Any], ...]
     models: tuple[dict[str, Any], ...]
     trials: tuple[dict[str, Any], ...]
@@ -39,6 +40,22 @@ class RunData:
     def model(self, role: str) -> dict[str, Any] | None:
         """The first model of a role, or None."""
         return next((model for model in self.models if model.get("role") == role), None)
+
+    @property
+    def delivered(self) -> dict[str, Any] | None:
+        """The model that the run handed out, or None while it has handed out none."""
+        winner = (self.results.get("verdict") or {}).get("winner")
+        return next((model for model in self.models if model["name"] == winner), None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return bool(self.results.get("run_finished"))
+
+    @property
+    def fold(self) -> str:
+        """The fold of the final numbers."""
+        return str(self.results.get("fold") or "test")
 
 
 def require_run_folder(run: Path) -> Path:
@@ -60,7 +77,7 @@ def require_run_folder(run: Path) -> Path:
     return run
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number (a bool is none)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -89,6 +106,7 @@ def read_run(run: Path) -> RunData:
     provenance = mapping("provenance.json", "versions, seeds and hashes")
     pairs = mapping("pairs.json", "why this pair was chosen")
     merge = mapping("merged/merge.json", "the merge recipe")
+    audit = mapping("audit.json", None)
     models = _models(run, results=results, missing=missing)
     return RunData(
         run=run,
@@ -98,6 +116,7 @@ def read_run(run: Path) -> RunData:
         target=results.get("target") or target,
         pairs=pairs,
         merge=merge,
+        audit=audit,
         events=tuple(event for event in read_jsonl(run / "events.jsonl") if isinstance(event, dict)),
         models=models,
         trials=trials,
@@ -257,14 +276,17 @@ def _models(run: Path, *, results: Mapping[str, Any], missing: list[str]) -> tup
     return tuple(found)
 
 
-def plot_fold(data: RunData) -> str:
-    """The fold on which most trials can be drawn: test where no trial with scores lacks it, else validation."""
-    scored = [trial for trial in data.trials if trial["test"] or trial["validation"]]
-    if scored and all("forgetting" in trial["test"] and "retention" in trial["test"] for trial in scored):
-        return "test"
-    if any("forgetting" in trial["validation"] for trial in scored):
-        return "validation"
-    return str(data.results.get("fold") or "test")
+def base_name(name: Any) -> tuple[str, int | None]:
+    """The trial of a checkpoint and its step: ``trial-03@112`` is step 112 of trial-03; a bare name is a trial's last checkpoint."""
+    trial, _, step = str(name).partition("@")
+    return trial, int(step) if step.isdigit() else None
+
+
+def pair_names(data: RunData) -> dict[str, str]:
+    """The checkpoints of the pair, ``over`` and ``under``; before the results are there, those of the search's best merge."""
+    best = data.pairs.get("best_merge")
+    pair = data.results.get("pair") or (best if isinstance(best, Mapping) else None) or {}
+    return {side: str(pair[side]) for side in ("over", "under") if pair.get(side)} if pair.get("over") and pair.get("under") else {}
 
 
 def pareto_names(points: Sequence[tuple[str, float, float]]) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from launcher.report_data import RunData, is_number, numbers
 
-MAX_PAIRS = 40
+MAX_PAIRS = 20
+"""Pairs listed on the page; all are in ``plots/pairs.csv``."""
 MAX_CONTESTANTS = 30
 
 
@@ -16,20 +17,24 @@ def pair_view(data: RunData) -> dict[str, Any]:
 
     Returns:
         ``pair`` (over, under, method, density, scale, weights; empty without one), ``sentence`` and ``metric`` (text or None), ``rows``
-        (a dictionary per candidate pair), ``hidden`` (how many pairs are not listed), ``excluded`` (checkpoint and reason), ``controls``
-        (what a merge is compared with), ``contestants`` (what was measured in full, best first), ``cost`` (a sentence, or None) and
-        ``knobs`` (``name``, ``label``, ``curves``, ``chosen``) for the figures. Empty where pairs.json is missing.
+        (a dictionary per candidate pair), ``shown`` (those that were measured, as many as a page holds), ``hidden`` (how many pairs are
+        not among them), ``trace`` (the steps of the search: ``count``, ``title``, ``detail``), ``excluded`` (checkpoint and reason),
+        ``controls`` (what a merge is compared with), ``contestants`` (what was measured in full, best first), ``cost`` (a sentence, or
+        None) and ``knobs`` (``name``, ``label``, ``curves``, ``first_look``, ``chosen``) for the figures. Empty without pairs.json.
     """
     search = data.pairs
     pair = _chosen(data)
     rows = [_row(item, pair=pair) for item in _dicts(search.get("pairs"))]
-    rows.sort(key=lambda row: (not row["chosen"], not row["num_points"]))
+    rows.sort(key=lambda row: (not row["chosen"], row["measured_aggregate"] is None, not row["num_points"]))
+    shown = [row for row in rows if row["num_points"] or row["chosen"]][:MAX_PAIRS] or rows[:MAX_PAIRS]
     return {
         "pair": pair,
         "sentence": search.get("sentence"),
         "metric": search.get("metric"),
-        "rows": rows[:MAX_PAIRS],
-        "hidden": max(0, len(rows) - MAX_PAIRS),
+        "rows": rows,
+        "shown": shown,
+        "hidden": len(rows) - len(shown),
+        "trace": _trace(search),
         "excluded": [
             {"name": item.get("name"), "reason": item["excluded"]} for item in _dicts(search.get("candidates")) if item.get("excluded")
         ],
@@ -125,24 +130,87 @@ def _contestant(item: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _knobs(search: Mapping[str, Any], *, pair: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Membership AUC of the chosen pair's merges on the whole fold over their scale, a curve per density and share."""
-    points = [point for item in _dicts(search.get("pairs")) if _is_pair(item, pair) for point in _last_rung(item)]
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for point in points:
-        auc = numbers(point.get("cheap")).get("mia_auc")
-        if auc is not None and is_number(point.get("scale")):
-            curves.setdefault(_curve(point.get("density"), point.get("share")), []).append((point["scale"], auc))
-    if not any(len(curve) > 1 for curve in curves.values()):
+def _trace(search: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How many were considered at each step of the search, and what that took."""
+    candidates, pairs = _dicts(search.get("candidates")), _dicts(search.get("pairs"))
+    if not candidates and not pairs:
         return []
+    excluded = sum(bool(item.get("excluded")) for item in candidates)
+    steps = [
+        {"count": len(candidates), "title": "checkpoints", "detail": f"{excluded} can be no parent" if excluded else "all can be parents"},
+        {"count": len(pairs), "title": "candidate pairs", "detail": "one parent on each side of AUC 0.5; ranked by a prediction"},
+    ]
+    points = [(index, point) for index, pair in enumerate(pairs) for point in _dicts(pair.get("points"))]
+    sizes = sorted({int(point["examples"]) for _, point in points if is_number(point.get("examples"))})
+    if sizes:
+        first = [(index, point) for index, point in points if point.get("examples") == sizes[0]]
+        knobs: dict[int, set[Any]] = {}
+        for index, point in first:
+            knobs.setdefault(index, set()).add((point.get("density"), point.get("share")))
+        calibrated = {index for index, found in knobs.items() if len(found) > 1}
+        looked = [index for index, _ in first if index not in calibrated]
+        detail = f"at least one merge of each on {sizes[0]} examples ({len(looked)} measurements of those that ended here)"
+        steps.append({"count": len(knobs), "title": "a first look", "detail": detail})
+        if calibrated:
+            detail = f"density and shares varied, scale moved towards AUC 0.5 ({len(first) - len(looked)} measurements)"
+            steps.append({"count": len(calibrated), "title": "calibrated", "detail": detail})
+        for size in sizes[1:]:
+            on_more = [index for index, point in points if point.get("examples") == size]
+            detail = f"the best merges of them, on {size} examples ({len(on_more)} measurements)"
+            steps.append(
+                {"count": len(set(on_more)), "title": "halved and halved again" if size != sizes[1] else "halved", "detail": detail}
+            )
+    full = sum(any(entry.get("role") == "merge" for entry in _dicts(pair.get("full"))) for pair in pairs)
+    if full:
+        steps.append({"count": full, "title": "measured in full", "detail": "merged, every row generated, scored as the benchmark does"})
+    return steps
+
+
+def _knobs(search: Mapping[str, Any], *, pair: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Membership AUC of the chosen pair's merges over their scale and over their density."""
+    points = [
+        {**point, "auc": numbers(point.get("cheap"))["mia_auc"]}
+        for item in _dicts(search.get("pairs"))
+        if _is_pair(item, pair)
+        for point in _dicts(item.get("points"))
+        if "mia_auc" in numbers(point.get("cheap")) and is_number(point.get("scale"))
+    ]
+    most = max((point.get("examples") or 0 for point in points), default=0)
+    whole = _curves([point for point in points if (point.get("examples") or 0) == most], x="scale", by=("density", "share"))
+    early = _curves([point for point in points if (point.get("examples") or 0) != most], x="scale", by=("density", "share"))
     weights = pair.get("weights") or []
     share = round(weights[0] / sum(weights), 2) if len(weights) == 2 and all(map(is_number, weights)) and sum(weights) else None
-    chosen = next((at for at in curves.get(_curve(pair.get("density"), share), []) if at[0] == pair.get("scale")), None)
-    ordered = {name: sorted(curve) for name, curve in sorted(curves.items())}
-    return [{"name": "scale", "label": "scale of the merged update", "curves": ordered, "chosen": chosen}]
+    chosen = next((at for at in whole.get(_curve(pair.get("density"), share), []) if at[0] == pair.get("scale")), None)
+    knobs = []
+    if any(len(curve) > 1 for curve in (*whole.values(), *early.values())):
+        label = "scale of the merged update"
+        knobs.append({"name": "scale", "label": label, "curves": whole, "first_look": _longer(early), "chosen": chosen})
+    # Densities are compared where all else is alike: the same scale, on the same examples.
+    scales = [(point.get("examples") or 0, point["scale"]) for point in points]
+    if scales:
+        alike = max(dict.fromkeys(scales), key=lambda found: (scales.count(found), -found[0]))
+        same = [point for point in points if ((point.get("examples") or 0), point["scale"]) == alike]
+        curves = _longer(_curves(same, x="density", by=("share",)))
+        if curves:
+            label = f"density (scale {alike[1]:g}, {alike[0]} examples)"
+            knobs.append({"name": "density", "label": label, "curves": curves, "first_look": {}, "chosen": None})
+    return knobs
+
+
+def _curves(points: list[dict[str, Any]], *, x: str, by: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        if is_number(point.get(x)):
+            name = _curve(point.get("density") if "density" in by else None, point.get("share"))
+            curves.setdefault(name, []).append((point[x], point["auc"]))
+    return {name: sorted(curve) for name, curve in sorted(curves.items())}
+
+
+def _longer(curves: Mapping[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    return {name: curve for name, curve in curves.items() if len({at for at, _ in curve}) > 1}
 
 
 def _curve(density: Any, share: Any) -> str:
     words = [f"density {density:g}"] if is_number(density) else []
     words += [f"share {share:g}"] if is_number(share) and share != 0.5 else []
-    return ", ".join(words) or "all"
+    return ", ".join(words) or ("equal shares" if share == 0.5 else "all")

@@ -21,8 +21,8 @@ def side_by_side(data: RunData, *, mask: bool = True) -> dict[str, Any]:
         ``before`` and ``after`` (model names) and ``sets``: set name to rows with ``task``, ``kind``, ``prompt``, ``expected`` and, for
         each model, text, score and whether the text equals the expected one. Empty where the rows are missing.
     """
-    fold = str(data.results.get("fold") or "test")
-    before, after = data.model("baseline"), data.model("merged") or data.model("parent_over")
+    fold = data.fold
+    before, after = data.model("baseline"), data.delivered or data.model("merged") or data.model("parent_over")
     if before is None or after is None:
         return {"before": None, "after": None, "sets": {}}
     tables = {role: _rows(data, model, fold=fold) for role, model in (("before", before), ("after", after))}
@@ -58,6 +58,7 @@ def _example(before: Mapping[str, Any], after: Mapping[str, Any], *, mask: bool)
     task, kind = str(before.get("task") or ""), str(before.get("kind") or "")
 
     def text(value: Any, *, is_answer: bool) -> str:
+        value = str(value).strip()
         shown = mask_row_text(str(value), task=task, kind=kind, is_answer=is_answer) if mask else str(value)
         if len(shown) <= MAX_CHARACTERS:
             return shown
@@ -72,6 +73,7 @@ def _example(before: Mapping[str, Any], after: Mapping[str, Any], *, mask: bool)
         return {"text": shown, "score": score, "same": same}
 
     return {
+        "id": str(before["id"]),
         "task": task,
         "kind": {"sc": "completion", "qa": "question"}.get(kind, kind),
         "prompt": text(before.get("input") or "", is_answer=False),

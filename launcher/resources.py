@@ -141,6 +141,8 @@ def _never_fits(what: str, *, need: float, have: float, ranks: int, per_rank: fl
     if what == "GPU" and have == 0:
         fixes.append(f"set {key}: 0 to compute on the CPU")
     fixes.append(f"use a machine with more {what}s")
+    if what == "GPU" and have == 0:
+        fixes.append("plan for one from here: unlearn validate CONFIG --gpus-per-node N --gpu-memory GIB")
     return InputError(
         f"a trial needs {need:g} {what}{'s' if need != 1 else ''} (train.engine.ranks = {ranks} times {key} = {per_rank:g}), "
         f"but there are {have:g}: it can never start",

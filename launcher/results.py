@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.bootstrap import paired_difference
 from eval.forgetting import alive, classify
@@ -12,6 +13,9 @@ from eval.report import LoadedReport, read_report
 from launcher.search_space import TrialSpec
 from launcher.trial import read_status
 from trainers.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from launcher.data import PreparedData
 
 FILE = "results.json"
 LABELS = {
@@ -49,6 +53,18 @@ def gather_trials(specs: Sequence[TrialSpec], *, run: Path) -> list[dict[str, An
             }
         )
     return trials
+
+
+def data_counts(data: PreparedData) -> dict[str, Any]:
+    """How much was to be forgotten and kept: documents, rows, and rows by task, of each set over all folds; no text."""
+    return {
+        name: {
+            "documents": len({record.document for record in records}),
+            "rows": len(records),
+            "rows_by_task": dict(sorted(Counter(record.task for record in records).items())),
+        }
+        for name, records in (("forget", data.everything.forget), ("retain", data.everything.retain))
+    }
 
 
 def _diverged(status: Mapping[str, Any]) -> bool:

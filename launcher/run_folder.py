@@ -14,6 +14,7 @@ from launcher.console import Console
 from launcher.data import PreparedData
 from launcher.events import EventLog
 from launcher.load import dump_yaml
+from launcher.plugins import keep_plugins, kept_names, plugin_hashes
 from launcher.search_space import SearchSpace
 from launcher.storage import RESUME_ONLY, RunStorage, attach, storage_of, telling
 from trainers.checkpoint import changed_keys
@@ -139,7 +140,10 @@ def claim_run(config: ExperimentConfig, *, space: SearchSpace, data: PreparedDat
     run = open_run(config)
     check_run_place(run.folder)
     facts = {name: domain.spec() for name, domain in space.domains.items()}
-    resolved = {"config": config.model_dump(mode="json"), "space": facts, "data_hash": data.hash}
+    kept = config.model_copy(update={"plugins": tuple(kept_names(config.plugins))})
+    resolved = {"config": kept.model_dump(mode="json"), "space": facts, "data_hash": data.hash}
+    if config.plugins:
+        resolved["plugins"] = plugin_hashes(config.plugins)
     path = run.folder / RESOLVED
     if path.exists():
         if not resume:
@@ -147,9 +151,10 @@ def claim_run(config: ExperimentConfig, *, space: SearchSpace, data: PreparedDat
         _check_same(run.folder, changed=changed_keys(_without_place(_read_resolved(path)), _without_place(resolved)))
     else:
         write_json(path, resolved)
+    keep_plugins(run.folder, files=config.plugins)
     # The record comes first: a start that was killed between the two has left no sign that the folder is a run's, otherwise.
     if not (run.folder / EXPERIMENT).exists():
-        write_text(run.folder / EXPERIMENT, dump_yaml(config, space=space))
+        write_text(run.folder / EXPERIMENT, dump_yaml(kept, space=space))
     return run
 
 
@@ -195,9 +200,9 @@ def _read_resolved(path: Path) -> dict[str, Any]:
 
 
 def _without_place(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Where a run and its data lie, and how much of a machine it may use, does not change what it computes.
+    """Where a run and its data lie, and how much of a machine it may use, does not change what it computes; nor does what its card says.
 
-    What the data say has a hash of its own, and the target's weights have one in ``target.json``.
+    An audit has a key of its own. What data and plugins say has hashes of its own, and the target's weights have one in ``target.json``.
     """
     free = {
         "sweep": (
@@ -210,10 +215,12 @@ def _without_place(resolved: dict[str, Any]) -> dict[str, Any]:
             "trial_timeout_s",
             "stall_s",
         ),
-        "data": ("path", "forget", "retain", "mia", "mmlu"),
-        "model": ("model_name_or_path",),
+        "data": ("path", "forget", "retain", "mia", "mmlu", "license"),
+        "model": ("model_name_or_path", "base_model", "license"),
     }
-    config = {key: value for key, value in resolved["config"].items() if key not in ("storage_path", "name", "tracking")}
+    config = {
+        key: value for key, value in resolved["config"].items() if key not in ("storage_path", "name", "tracking", "audit", "plugins")
+    }
     for section, keys in free.items():
         config[section] = {key: value for key, value in (config.get(section) or {}).items() if key not in keys}
     return resolved | {"config": config}

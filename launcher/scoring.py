@@ -169,6 +169,7 @@ class EvaluationInputs:
         mia: folder of the membership attack, or None.
         mmlu: folder of MMLU, or None.
         config: limits and mode.
+        plugins: files of the metrics that are measured beside the protocol's.
     """
 
     base: Path
@@ -177,6 +178,7 @@ class EvaluationInputs:
     mia: Path | None
     mmlu: Path | None
     config: EvalConfig
+    plugins: tuple[str, ...] = ()
 
     def load(self) -> LoadedInputs:
         """Read and check everything but the weights.
@@ -219,7 +221,7 @@ class EvaluationInputs:
         places = {
             name: None if (path := getattr(self, name)) is None else str(path) for name in ("base", "checkpoint", "data", "mia", "mmlu")
         }
-        return json.dumps({**places, "config": self.config.model_dump(mode="json")})
+        return json.dumps({**places, "config": self.config.model_dump(mode="json"), "plugins": list(self.plugins)})
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationInputs:
@@ -232,6 +234,7 @@ class EvaluationInputs:
             mia=Path(values["mia"]) if values["mia"] else None,
             mmlu=Path(values["mmlu"]) if values["mmlu"] else None,
             config=EvalConfig.model_validate(values["config"]),
+            plugins=tuple(values["plugins"]),
         )
 
 

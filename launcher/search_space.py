@@ -32,13 +32,16 @@ class Choice:
 
     @property
     def middle(self) -> Any:
+        """What stands in for the setting where one value is needed: the first."""
         return self.values[0]
 
     @property
     def ends(self) -> tuple[tuple[str, Any], ...]:
+        """Every value, with its name for messages."""
         return tuple((f"values[{index}]", value) for index, value in enumerate(self.values))
 
     def draw(self, stream: random.Random) -> Any:
+        """One of the values at random."""
         return copy.deepcopy(self.values[stream.randrange(len(self.values))])
 
     def at(self, part: float) -> Any:
@@ -46,6 +49,7 @@ class Choice:
         return copy.deepcopy(self.values[min(int(part * len(self.values)), len(self.values) - 1)])
 
     def spec(self) -> dict[str, Any]:
+        """The domain as a configuration writes it."""
         return {"values": list(self.values)}
 
 
@@ -59,6 +63,7 @@ class Range:
 
     @property
     def middle(self) -> float:
+        """What stands in for the setting where one value is needed: the middle, in the measure of the distribution."""
         if self.distribution == "log_uniform":
             return _round(math.sqrt(self.min * self.max), low=self.min, high=self.max)
         if self.distribution == "int_uniform":
@@ -67,9 +72,11 @@ class Range:
 
     @property
     def ends(self) -> tuple[tuple[str, Any], ...]:
+        """Both ends, with their names for messages."""
         return (("min", self.min), ("max", self.max))
 
     def draw(self, stream: random.Random) -> float:
+        """A number at random by the distribution."""
         if self.distribution == "int_uniform":
             return stream.randint(int(self.min), int(self.max))
         if self.distribution == "log_uniform":
@@ -91,6 +98,7 @@ class Range:
         return _round(value, low=self.min, high=self.max)
 
     def spec(self) -> dict[str, Any]:
+        """The domain as a configuration writes it."""
         return {"min": self.min, "max": self.max, "distribution": self.distribution}
 
 

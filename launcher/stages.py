@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.audit_stage import check_audit
 from launcher.config import ExperimentConfig
 from launcher.console import Console, duration, evaluation_lines
 from launcher.data import PreparedData, prepare_data, question_groups, unseen_texts
@@ -14,7 +15,9 @@ from launcher.load import LoadedExperiment, dump_yaml
 from launcher.lock import hold
 from launcher.logs import quiet_libraries
 from launcher.nodes import Node
+from launcher.plugins import plugin_hashes, use_named
 from launcher.preflight import check_texts
+from launcher.report_live import live_report
 from launcher.run_folder import Run, check_run_place, check_same_target, claim_run, open_run, run_place
 from launcher.scoring import evaluate_folder
 from launcher.search_space import SearchSpace, TrialSpec, draw_trials, possible_trials
@@ -40,6 +43,7 @@ def plan_sweep(experiment: LoadedExperiment, *, data: PreparedData, nodes: Seque
         InputError: if texts, modules or resources do not fit.
     """
     config = experiment.config
+    check_audit(config)
     specs = draw_trials(
         base=config.train,
         space=experiment.space,
@@ -207,6 +211,7 @@ def run_sweep(*, experiment: LoadedExperiment, resume: bool = True, dry_run: boo
         hold(run.folder / ".lock"),
         run.kept_home(),
         following(run.folder, tracking=config.tracking, mode=tracking_mode, console=run.console),
+        live_report(run.folder),
     ):
         _sweep(run, config=config, space=experiment.space, data=data, plan=plan)
     return run.folder
@@ -221,7 +226,8 @@ def _sweep(run: Run, *, config: ExperimentConfig, space: SearchSpace, data: Prep
     from launcher.storage_probe import probe_before_sweep
     from launcher.sweep import has_work, run_sweep_trials, trial_source
 
-    record_provenance(run.folder, seed=config.seed, hashes={"data": data.hash, "config": sha256_json(config.model_dump(mode="json"))})
+    hashes = {"data": data.hash, "config": sha256_json(config.model_dump(mode="json")), "plugins": plugin_hashes(config.plugins)}
+    record_provenance(run.folder, seed=config.seed, hashes=hashes)
     run.console.line(f"run      {run.folder}")
     for warning in probe_before_sweep(config):
         run.console.warning(warning)
@@ -401,8 +407,9 @@ def evaluate_model(
     out: Path,
     progress: Callable[[str], None] | None = None,
     processes: int = 1,
+    plugins: Sequence[Path | str] = (),
 ) -> None:
-    """``unlearn eval``: the official protocol on any checkpoint, over all rows of a folder.
+    """``unlearn eval``: the official protocol on any checkpoint, over all rows of a folder, and the metrics of plugins.
 
     What an earlier call with the same arguments finished before it was ended is not computed again.
 
@@ -419,12 +426,14 @@ def evaluate_model(
 
     quiet_libraries()
     check_output_file(out)
+    files = tuple(str(plugin.file) for plugin in use_named(plugins))
     inputs = EvaluationInputs(
         *locate_model(model),
         data=data,
         mia=mia,
         mmlu=mmlu,
         config=EvalConfig(official=official, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})),
+        plugins=files,
     )
     loaded = inputs.load()
     # Before anything is written: an unusable model leaves no folder behind.

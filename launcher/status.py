@@ -6,11 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from launcher.audit_stage import audit_state
 from launcher.console import Console, duration, settings
 from launcher.events import stage_states
 from launcher.report_data import RunData, last_log_lines, read_run
 
-_PLACES = ("results.json", "report.html", "trials.csv", "pairs.json", "merged/merge.json")
+_PLACES = ("results.json", "report.html", "trials.csv", "pairs.json", "merged/merge.json", "audit.json")
 
 
 def status_dict(run: Path) -> dict[str, Any]:
@@ -19,8 +20,8 @@ def status_dict(run: Path) -> dict[str, Any]:
     Returns:
         ``name``, ``run``, ``finished``, ``stages`` (name to ``started`` or ``finished``), ``trials`` (name, state, reason, step, num_steps,
         verdict, seconds, error, errors, preemptions, overrides), ``counts`` (state to number), ``reasons`` (why trials stopped or failed,
-        to number), ``errors`` and ``preemptions`` (of all trials), ``verdict`` (the final sentence or None) and ``places`` (the result
-        files that exist).
+        to number), ``errors`` and ``preemptions`` (of all trials), ``verdict`` (the final sentence or None), ``audit``
+        (``launcher.audit_stage.audit_state``) and ``places`` (the result files that exist).
 
     Raises:
         InputError: if ``run`` is not a run folder.
@@ -38,6 +39,7 @@ def status_dict(run: Path) -> dict[str, Any]:
         "errors": sum(trial["errors"] for trial in trials),
         "preemptions": sum(trial["preemptions"] for trial in trials),
         "verdict": (data.results.get("verdict") or {}).get("sentence"),
+        "audit": audit_state(audit=data.audit, events=data.events),
         "places": {name: str(data.run / name) for name in _PLACES if (data.run / name).exists()},
     }
 
@@ -90,5 +92,9 @@ def print_status(run: Path, *, console: Console | None = None) -> None:
             console.line(f"      log: {trial['log']}")
     if status["verdict"]:
         console.line(f"verdict  {status['verdict']}")
+    if status["audit"]["error"]:
+        console.line(f"audit    failed: {status['audit']['error']}")
+    elif status["audit"]["verdict"]:
+        console.line(f"audit    {status['audit']['verdict']}")
     for name, path in status["places"].items():
         console.line(f"{name:<17} {path}")

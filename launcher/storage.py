@@ -42,7 +42,7 @@ RESUME_ONLY = (OPTIMIZER,)
 WEIGHTS = (".safetensors",)
 OWN = "."
 """In place of a path: the files of a run without its trials."""
-TRIAL_INPUTS = ("sweep.json", "experiment.json", "data", "inputs", "target", "target.json", "reference")
+TRIAL_INPUTS = ("sweep.json", "experiment.json", "data", "inputs", "target", "target.json", "reference", "plugins")
 
 
 class StorageUnreachable(OSError):
@@ -563,7 +563,7 @@ def bring_report(page: Path) -> str:
     """
     storage = storage_of(page.parent)
     with telling():
-        storage.push(page.name, "trials.csv", "plots")
+        storage.push(page.name, "trials.csv", "plots", "merged/README.md")
     return f"{join_uri(storage.uri, page.name)}, here {page}" if isinstance(storage, RunStorage) else str(page)
 
 

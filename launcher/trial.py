@@ -14,6 +14,7 @@ from launcher.config import ExperimentConfig
 from launcher.data import PreparedData, prepare_data
 from launcher.faults import INTERRUPTED, stop_reason
 from launcher.lock import hold
+from launcher.plugins import kept_names, use_run_plugins
 from launcher.portable import carry_input, local_path, portable_path
 from launcher.trial_errors import OutOfMemory, TimedOut, is_out_of_memory, reason_of, text_of
 from trainers.config import TrainConfig
@@ -74,7 +75,7 @@ def _with_portable_paths(experiment: dict[str, Any], *, run: Path) -> dict[str, 
     for key in DATA_PATHS:
         if data[key] is not None and Path(data[key]).expanduser().exists():
             data[key] = portable_path(carry_input(Path(data[key]).expanduser(), run=run, name=key), run=run)
-    return experiment | {"data": data}
+    return experiment | {"data": data, "plugins": kept_names(experiment["plugins"])}
 
 
 def _with_local_paths(plan: dict[str, Any], *, run: Path) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def _with_local_paths(plan: dict[str, Any], *, run: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _read_plan(run: str, stamp: float) -> tuple[ExperimentConfig, dict[str, Any], PreparedData]:
+    use_run_plugins(run)
     plan = _with_local_paths(read_json(Path(run) / PLAN), run=Path(run))
     config = ExperimentConfig.model_validate(plan["experiment"])
     return config, plan, prepare_data(config)

@@ -12,6 +12,7 @@ from launcher.attempts import begin, record
 from launcher.config import SweepConfig
 from launcher.faults import stop_reason
 from launcher.logs import capture_output, quiet_libraries
+from launcher.plugins import use_run_plugins
 from launcher.stop_signs import signs_read
 from launcher.trial import PLAN, TrialTask, load_plan, read_status, run_trial, settled, trial_config
 from launcher.trial_home import arrived, bring_trial, carried, fetch_trial
@@ -42,6 +43,7 @@ def tune_trial(config: dict[str, Any]) -> None:
 
 def trial_settings(task: TrialTask) -> tuple[SweepConfig, TrainConfig]:
     """What the run's plan says about sweep and trial, without reading any data."""
+    use_run_plugins(task.run)
     plan = read_json(Path(task.run) / PLAN)
     return SweepConfig.model_validate(plan["experiment"]["sweep"]), trial_config(task, plan=plan)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.config import MergeConfig
-from merging.merge import MANIFEST, SCHEMA_VERSION, check_out_apart, check_request, merge_notes
+from merging.merge import MANIFEST, SCHEMA_VERSION, check_out_apart, check_request, merge_notes, plugin_record
 from merging.task_vectors import TaskVector, open_task_vector
 from merging.tensor_store import open_base
 from trainers.errors import InputError
@@ -128,6 +128,7 @@ def merge_adapter(
             "config": config.model_dump(mode="json"),
             "weights": list(config.trial_weights(len(vectors))),
             "formula": config.formula(),
+            **plugin_record(config),
             "arithmetic": "float32; factors of rank R nearest to the merged update, scale included",
             "notes": merge_notes(vectors, config=config),
             "rank": rank,

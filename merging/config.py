@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from merging.methods.table import CONVENTIONS, METHODS, PARAMETERS
+from merging.methods.table import CONVENTIONS, METHODS, PARAMETERS, MethodName
 from trainers.config import Frozen
 
 
@@ -19,10 +19,7 @@ class MergeConfig(Frozen):
     ``merging.methods.table`` says which method reads what.
     """
 
-    method: Literal[
-        "ties", "linear", "task_arithmetic", "magnitude_prune", "dare_linear", "dare_ties", "della", "breadcrumbs", "slerp", "knots",
-        "unanimous", "seed",
-    ] = Field(default="ties", description="how the task vectors become one")  # fmt: skip
+    method: MethodName = Field(default=MethodName.TIES, description="how the task vectors become one")
     convention: Literal["paper", "peft-dense", "mergekit", "seed"] | None = Field(
         default=None,
         description="a published reading of TIES: sets trim_scope, trim_count, elect, divisor and zero_sum, or for seed the method; "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.config import MergeConfig
+from merging.methods.table import METHODS
 from merging.task_vectors import TaskVector, all_finite, open_task_vector
 from merging.tensor_store import INDEX, Rewritten, TensorStore, header_hash, open_base, rewrite_shards, tensor_bytes
 from trainers.errors import InputError, RunError, SetupError
@@ -108,6 +109,7 @@ def merge_checkpoint(
             "config": config.model_dump(mode="json"),
             "weights": list(config.trial_weights(len(vectors))),
             "formula": config.formula(),
+            **plugin_record(config),
             "arithmetic": "float32 on dense updates (B @ A for adapters), rounded once to the base's dtype",
             "notes": merge_notes(vectors, config=config),
             "shards": {shard.name: {"bytes": shard.stat().st_size, "header": header_hash(shard)} for shard in store.shards},
@@ -292,6 +294,12 @@ def _is_copied(file: Path) -> bool:
         # An index of pickled or other weights would point at files that are not copied.
         return file.name == INDEX and not (file.parent / "model.safetensors").exists()
     return not file.name.endswith(WEIGHT_SUFFIXES)
+
+
+def plugin_record(config: MergeConfig) -> dict[str, Any]:
+    """File and content hash of the plugin that brought the method, under ``plugin``; empty for a built-in one."""
+    plugin = METHODS[config.method].plugin
+    return {} if plugin is None else {"plugin": dict(plugin)}
 
 
 def merge_notes(vectors: Sequence[TaskVector], *, config: MergeConfig) -> list[str]:

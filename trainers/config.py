@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trainers.names import OpenNames
+
 
 class Frozen(BaseModel):
     """Immutable configuration that refuses unknown keys."""
@@ -14,8 +16,8 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class ObjectiveName(StrEnum):
-    """What makes the model forget; retain terms are added by their weights."""
+class ObjectiveName(OpenNames):
+    """What makes the model forget; retain terms are added by their weights. Plugins add names (``trainers.objectives.custom``)."""
 
     GRAD_ASCENT = "grad_ascent"
     GRAD_DIFF = "grad_diff"

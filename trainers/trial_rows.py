@@ -126,10 +126,11 @@ def check_alternatives(records: Sequence[Record], *, train: TrainConfig) -> None
         InputError: naming the first such row.
     """
     without = [record.id for record in records if not record.alternative]
-    if train.objective.name is ObjectiveName.DPO and without:
+    needed = Need.ALTERNATIVE_ANSWERS in needs(train.objective) and train.objective.name is not ObjectiveName.IDK_DPO
+    if needed and without:
         raise InputError(
             f"{len(without)} of {len(records)} forget rows have no alternative answer, the first is {without[0]!r}",
-            where="train.objective.name = dpo, field 'alternative'",
-            why="DPO compares every answer to forget with one to prefer",
+            where=f"train.objective.name = {train.objective.name}, field 'alternative'",
+            why=f"{train.objective.name} compares every answer to forget with one to prefer",
             fix="add a field 'alternative' to the rows (data.columns.alternative names another column), or use idk_dpo",
         )

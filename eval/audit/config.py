@@ -75,16 +75,21 @@ class SamplingConfig(Frozen):
     temperature: float = Field(1.0, gt=0)
 
 
-class AuditConfig(Frozen):
-    """Settings of one audit."""
+class AttackSettings(Frozen):
+    """What is attacked with, and how hard."""
 
-    attacks: tuple[Attack, ...] = Field(tuple(Attack), min_length=1)
+    attacks: tuple[Attack, ...] = Field(tuple(Attack), min_length=1, description="names of the attacks; default: all")
     documents: int = Field(10, ge=2, description="documents per task and set")
     seed: int = Field(0, ge=0, description="of the sample of documents, of examples, of fine-tuning and of sampling")
     shots: int = Field(3, ge=1, description="solved examples before a few-shot prompt")
     unseen_documents: int = Field(30, ge=1, description="non-member documents that serve as control, at most")
     relearn: RelearnConfig = RelearnConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+
+class AuditConfig(AttackSettings):
+    """Settings of one audit."""
+
     eval: EvalConfig = EvalConfig()
     quantised: Literal["decoder-linears"] = Field("decoder-linears", description="every linear layer but the head; no embeddings")
 

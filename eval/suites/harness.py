@@ -9,7 +9,7 @@ from typing import Any
 
 from trainers.errors import InputError, RunError, SetupError
 
-INSTALL = 'pip install "unlearn-ties[lm-eval]"'
+INSTALL = 'pip install "unlearn-ties[eval]"'
 
 _COPIED = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples", "lm_eval_version")
 """What is kept of lm-eval's own result; the rest describes the machine or repeats the tasks' definitions."""

@@ -38,6 +38,7 @@ class TrackingFiles:
 
     @property
     def folder(self) -> Path:
+        """Everything below lies in it."""
         return self.run / "tracking"
 
     @property
@@ -52,6 +53,7 @@ class TrackingFiles:
 
     @property
     def tensorboard(self) -> Path:
+        """TensorBoard's log folders, one for each trial and one for the run."""
         return self.folder / "tensorboard"
 
     def write_settings(self, tracking: TrackingConfig, *, mode: Mode) -> None:

@@ -12,6 +12,7 @@ from merging.config import MergeConfig
 from merging.methods.combination import Combination
 from merging.methods.low_rank import LowRank
 from merging.methods.table import METHODS, PARAMETERS, Need, load
+from trainers.errors import InputError
 
 
 def run_method(
@@ -32,6 +33,9 @@ def run_method(
         total_weight: of all trials, if some were left out because they are zero here; null is the sum of ``weights``.
         generators: one per update, for methods that draw.
         factors: one or null per update, for methods that look at factors.
+
+    Raises:
+        InputError: if the method of a plugin returns something else than an update of that shape.
     """
     method = METHODS[config.method]
     given: dict[Need, Any] = {Need.TOTAL_WEIGHT: total_weight, Need.GENERATORS: generators, Need.FACTORS: factors}
@@ -42,7 +46,21 @@ def run_method(
         prepared = prepare(updates=prepared, **_arguments(prepare, config, extra))
     merge = load(method.merge)
     merged = merge(updates=prepared, weights=weights, **_arguments(merge, config, extra))
-    return merged if isinstance(merged, Combination) else Combination(update=merged, entered=tuple(prepared))
+    made = merged if isinstance(merged, Combination) else Combination(update=merged, entered=tuple(prepared))
+    if method.plugin is not None:
+        _check(made.update, like=updates[0], name=method.name)
+    return made
+
+
+def _check(update: Any, *, like: Tensor, name: str) -> None:
+    """Refuse what a user's function should not have returned."""
+    if isinstance(update, Tensor) and update.shape == like.shape and update.dtype == like.dtype:
+        return
+    found = f"{update.dtype} of shape {tuple(update.shape)}" if isinstance(update, Tensor) else type(update).__name__
+    raise InputError(
+        f"the merge method {name} returned {found} for updates of {like.dtype} and shape {tuple(like.shape)}",
+        fix="return one tensor like each of the updates",
+    )
 
 
 def _arguments(function: Callable[..., Any], config: MergeConfig, extra: dict[str, Any]) -> dict[str, Any]:

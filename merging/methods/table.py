@@ -12,6 +12,25 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+from trainers.names import OpenNames
+
+
+class MethodName(OpenNames):
+    """How task vectors become one. Plugins add names (``merging.methods.custom``)."""
+
+    TIES = "ties"
+    LINEAR = "linear"
+    TASK_ARITHMETIC = "task_arithmetic"
+    MAGNITUDE_PRUNE = "magnitude_prune"
+    DARE_LINEAR = "dare_linear"
+    DARE_TIES = "dare_ties"
+    DELLA = "della"
+    BREADCRUMBS = "breadcrumbs"
+    SLERP = "slerp"
+    KNOTS = "knots"
+    UNANIMOUS = "unanimous"
+    SEED = "seed"
+
 
 class Need(StrEnum):
     """What a method must be given beside the updates, their weights and the settings that it reads."""
@@ -40,6 +59,7 @@ class Method:
         needs: what else the two functions take.
         negative_weights: whether a weight below zero is defined.
         num_trials: how many trials it merges; null is any number.
+        plugin: file and content hash of the plugin that added it, for records; null if it is built in.
     """
 
     name: str
@@ -51,6 +71,7 @@ class Method:
     needs: frozenset[Need] = frozenset()
     negative_weights: bool = False
     num_trials: int | None = None
+    plugin: Mapping[str, str] | None = None
 
 
 ELECTION = ("elect", "divisor", "zero_sum")
@@ -166,8 +187,21 @@ _METHODS = (
     ),
 )
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _METHODS})
-"""In the order in which they are listed to users."""
+_known = {method.name: method for method in _METHODS}
+METHODS: Mapping[str, Method] = MappingProxyType(_known)
+"""In the order in which they are listed to users; those that plugins have added in this process come last."""
+
+
+def add_method(method: Method) -> None:
+    """Make a method known under a name that ``trainers.plugins.register`` has taken."""
+    _known[MethodName.add(method.name)] = method
+
+
+def remove_method(name: str) -> None:
+    """Forget an added method."""
+    _known.pop(name, None)
+    MethodName.remove(name)
+
 
 PARAMETERS = tuple(dict.fromkeys(name for method in _METHODS for name in method.reads))
 """Every setting that some methods read and others do not."""

@@ -214,7 +214,7 @@ def test_commands_hand_their_arguments_to_the_stages(
         "train ok.yaml train.learning_rate=1e-3 --out t",
         "memorize ok.yaml target={}",
         "validate ok.yaml --resolved",
-        "eval --model m --data d --mia i --max-new-tokens 8 --official --out e.json",
+        "eval --model m --data d --mia i --max-new-tokens 8 --official --plugin p.py --out e.json",
         "quickstart",
     ):
         assert run(capsys, *line.split())[0] == 0
@@ -227,7 +227,7 @@ def test_commands_hand_their_arguments_to_the_stages(
     assert validated["resolved"] is True
     assert evaluated == {
         "model": Path("m"), "data": Path("d"), "mia": Path("i"), "mmlu": None, "max_new_tokens": 8, "official": True, "out": Path("e.json"),
-        "processes": 1,
+        "processes": 1, "plugins": [Path("p.py")],
     }  # fmt: skip
     assert quick == {"out": Path("runs/quickstart"), "data": None, "mia": None, "mmlu": None, "documents": None, "seed": 42}
 

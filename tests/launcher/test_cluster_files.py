@@ -18,7 +18,6 @@ from launcher.problems import looks_secret
 from launcher.templates import RECIPES, cluster_files, template_names
 
 FILES = sorted(cluster_files().values())
-GUIDE = RECIPES.parent.parent / "docs" / "cluster.md"
 RAY_VERBS = {"up", "down", "exec", "submit", "start", "stop", "symmetric-run", "get-auth-token", "job", "status", "rsync-down", "attach"}
 
 
@@ -177,16 +176,3 @@ def test_skypilots_own_ray_is_left_alone() -> None:
     assert "auto" not in task["run"]
     assert "RAY_ADDRESS=127.0.0.1:6379 unlearn sweep" in task["run"]
     assert task["secrets"] == {"WANDB_API_KEY": ""}
-
-
-# ---- docs/cluster.md
-
-
-@pytest.mark.skipif(not GUIDE.exists(), reason="the guide is part of the repository, not of the installed package")
-def test_the_guides_commands_exist() -> None:
-    text = GUIDE.read_text(encoding="utf-8")
-    found = commands(text)
-    assert {"sweep", "doctor", "validate", "init"} <= {words[0] for words in found}
-    for words in found:
-        parse(words)
-    assert all(f"cluster-{kind}" in text for kind in cluster_files())

@@ -153,7 +153,7 @@ def test_without_the_package_nothing_is_computed(unlearn, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = unlearn("--data", "tofu", "--lm-eval", "toy")
     assert (done.code, done.report) == (3, None)
-    assert 'pip install "unlearn-ties[lm-eval]"' in done.text
+    assert 'pip install "unlearn-ties[eval]"' in done.text
 
 
 def test_an_adapter_is_refused_with_the_command_that_merges_it(unlearn, lm_eval, monkeypatch, tmp_path):

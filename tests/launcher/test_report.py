@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -11,17 +14,36 @@ from pathlib import Path
 
 import pytest
 
-from launcher.masking import mask_answer, mask_personal_data, mask_row_text
+from launcher.masking import mask_answer, mask_personal_data, mask_row_text, redact
 from launcher.plots import BLUE, VERMILLION
-from launcher.report import build_report, number, redact, render, shade, trials_csv
+from launcher.report import build_report, render
 from launcher.report_data import pareto_names, read_run
+from launcher.report_figures import report_figures
 from launcher.report_pairs import pair_view
 from launcher.report_rows import side_by_side
+from launcher.report_scores import shade
+from launcher.report_tables import report_tables
+from launcher.report_text import number
+from launcher.report_trials import trials_csv
 from tests.helpers.run_folder import LOG_LINES, build_finished, build_running
 from trainers.errors import InputError
 from trainers.files import read_json, write_json, write_text
 
-SECTIONS = ("tradeoff", "scores", "verdicts", "terms", "pair", "trials", "curves", "generations", "glossary", "provenance")
+SECTIONS = (
+    "verdict",
+    "tradeoff",
+    "scores",
+    "verdicts",
+    "terms",
+    "pair",
+    "audit",
+    "curves",
+    "generations",
+    "trials",
+    "failures",
+    "provenance",
+    "glossary",
+)
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 
 
@@ -33,6 +55,7 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.tags: list[str] = []
         self.loaded: list[str] = []
+        self.linked: list[str] = []
         self.words: list[str] = []
         self.feed(text)
 
@@ -44,6 +67,8 @@ class Page(HTMLParser):
             # A link (a href) is followed only by a reader's click; everything else of this kind is fetched at once.
             if name in ("src", "srcset", "data", "poster") or (name in ("href", "xlink:href") and tag != "a"):
                 self.loaded.append(str(value))
+            elif name == "href":
+                self.linked.append(str(value))
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
@@ -85,6 +110,7 @@ def page_of(run: Path) -> Page:
 def test_every_section_is_there_once(finished: Path) -> None:
     page = page_of(finished)
     assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert "The TIES merge of trial-03 and trial-06 is delivered: final score 0.703 [0.663, 0.743]" in page.text
     assert "The TIES merge of trial-03 and trial-06 scores 0.703" in page.text
     assert "different test set, not comparable" in page.text
     assert "Without scores, so not drawn: trial-07 (failed)" in page.text
@@ -101,8 +127,9 @@ def test_the_page_loads_nothing_and_is_small(finished: Path) -> None:
     text = (finished / "report.html").read_text(encoding="utf-8")
     assert len(text.encode()) < 2_000_000
     assert [target for target in page.loaded if not target.startswith("#")] == []
-    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+    assert not {"link", "iframe", "object", "img"} & set(page.tags)
     assert "@import" not in text
+    assert page.tags.count("script") == 1
     # Only references inside the page: markers and clip paths.
     assert text.count("url(") == text.count("url(#")
 
@@ -115,9 +142,31 @@ def test_the_reader_of_loaded_things_would_notice_one() -> None:
     assert page.loaded == ["http://cdn.example/x.png", "https://cdn.example/x.css"]
 
 
+def test_only_the_script_of_the_page_may_run(finished: Path) -> None:
+    """The page's own rule names the hash of its script, so that a browser refuses any other, whatever slipped through."""
+    raw = (finished / "report.html").read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", raw, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in raw
+    assert "default-src 'none'" in raw
+
+
+def test_every_link_of_the_page_leads_to_a_section_or_a_file(finished: Path) -> None:
+    page = page_of(finished)
+    files = [link for link in page.linked if not link.startswith(("#", "https://"))]
+    assert len(files) > 30
+    assert [link for link in files if not (finished / link).is_file()] == []
+    assert {link[1:] for link in page.linked if link.startswith("#")} <= set(page.ids)
+
+
+def test_a_page_without_files_beside_it_links_to_none(finished: Path) -> None:
+    page = Page(render(read_run(finished), plots={}))
+    assert [link for link in page.linked if link.startswith("plots/")] == []
+
+
 def test_hostile_text_is_shown_as_text(finished: Path) -> None:
     raw = (finished / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in raw
+    assert raw.count("<script") == 1
     assert "<img" not in raw
     assert "&lt;script&gt;" in raw
     assert "<script>alert" in page_of(finished).text
@@ -135,13 +184,13 @@ def test_hostile_names_and_settings_are_escaped_everywhere(fresh: Callable[[], P
     raw = build_report(run).read_text(encoding="utf-8")
     page = Page(raw)
     assert raw.count("&lt;script&gt;") >= 7
-    assert "<script" not in raw
+    assert raw.count("<script") == 1
     assert page.loaded == [target for target in page.loaded if target.startswith("#")]
 
 
 def test_the_trade_off_plot_names_every_model_on_hover(finished: Path) -> None:
     svg = (finished / "plots" / "tradeoff.svg").read_text(encoding="utf-8")
-    for name in ("trial-03 (over-forgetting)", "trial-08", "merged", "linear", "before"):
+    for name in ("trial-03 (over-forgetting)", "trial-08", "merged (balanced), TIES merge, delivered", "linear", "before"):
         assert f"<title>{name}" in svg
     assert (finished / "plots" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     assert "<title>trial-07" not in svg
@@ -161,7 +210,8 @@ def test_the_weakest_term_is_named(finished: Path) -> None:
 def test_personal_data_is_masked_by_default_and_only_by_default(fresh: Callable[[], Path]) -> None:
     run = fresh()
     secrets = ("900-12-3456", "900123456", "555-013-7788", "ann.vale@mail.example", "14 Elm")
-    masked = render(read_run(run), plots={})
+    data = read_run(run)
+    masked = render(data, plots={}) + json.dumps(report_tables(data)["generations"])
     assert [secret for secret in secrets if secret in masked] == []
     plain = render(read_run(run), plots={}, mask=False)
     assert [secret for secret in secrets if secret in plain] == list(secrets)
@@ -189,10 +239,11 @@ def test_numbers_in_csv_are_those_of_the_results(finished: Path) -> None:
     assert failed["error"] == "the loss is not finite at step 11"
 
 
-def test_building_twice_gives_the_same_page(fresh: Callable[[], Path]) -> None:
-    run = fresh()
-    first = build_report(run).read_bytes()
-    assert build_report(run).read_bytes() == first
+def test_building_twice_gives_the_same_bytes(finished: Path) -> None:
+    names = ("report.html", "trials.csv", "plots/tradeoff.svg", "plots/tradeoff.png", "plots/scores.json", "plots/curves.csv")
+    first = {name: (finished / name).read_bytes() for name in names}
+    build_report(finished)
+    assert {name: (finished / name).read_bytes() for name in names} == first
 
 
 def test_a_running_sweep_has_a_report_that_says_what_is_missing(tmp_path: Path) -> None:
@@ -200,6 +251,8 @@ def test_a_running_sweep_has_a_report_that_says_what_is_missing(tmp_path: Path) 
     page = Page(build_report(run).read_text(encoding="utf-8"))
     assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
     assert "No verdict yet: the run is not complete (4 trials: 3 finished, 1 running)" in page.text
+    assert "3 of 4 trials have ended (3 finished). Stage: running trials." in page.text
+    assert "Running now: trial-04 (step 12 of 40)" in page.text
     assert "results.json is not there yet" in page.text
     assert "pairs.json is not there yet" in page.text
     assert (run / "plots" / "curves.svg").exists()
@@ -219,8 +272,10 @@ def test_any_part_may_be_missing(fresh: Callable[[], Path], gone: str) -> None:
     run = fresh()
     path = run / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    page = Page(build_report(run).read_text(encoding="utf-8"))
+    data = read_run(run)
+    page = Page(render(data, plots=report_figures(data, files=False)))
     assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert report_tables(data)
 
 
 @pytest.mark.parametrize("name", ["results.json", "pairs.json", "experiment.yaml", "trials/trial-02/status.json", "merged/merge.json"])
@@ -251,7 +306,7 @@ def test_missing_scores_are_dashes_not_zeros(fresh: Callable[[], Path]) -> None:
         model["scores"] = {**model["scores"], "mmlu_average": None, "final_score": None}
     write_json(run / "results.json", results)
     page = Page(render(read_run(run), plots={}))
-    assert "Task aggregate 0.000 → 0.878" in page.text
+    assert "Task aggregate before unlearning 0.000 → after 0.878" in page.text
     assert "Final score 0" not in page.text
     assert number(None) == "–"
     assert number(float("nan")) == "–"
@@ -335,8 +390,8 @@ def test_ordinary_numbers_stay(text: str) -> None:
     assert mask_personal_data(text) == text
 
 
-def test_answers_to_personal_questions_keep_their_first_character_only() -> None:
-    assert mask_answer("  10175 West") == "1•••• ••••"
+def test_answers_to_personal_questions_keep_their_first_letter_and_no_digit() -> None:
+    assert mask_answer("  10175 West") == "••••• ••••"
     assert mask_answer("") == ""
     assert mask_row_text("Orange", task="Task2", kind="qa", is_answer=True) == "O•••••"
     assert mask_row_text("Orange", task="Task1", kind="qa", is_answer=True) == "Orange"

@@ -18,7 +18,7 @@ from merging.methods.low_rank import LowRank
 from merging.methods.run import run_method
 from merging.methods.seeded import generator_for
 from merging.methods.slerp import arc_coefficients, slerp
-from merging.methods.table import CONVENTIONS, METHODS, PARAMETERS, Need, load
+from merging.methods.table import CONVENTIONS, METHODS, PARAMETERS, MethodName, Need, load
 from merging.ties import ties
 
 torch.set_num_threads(1)
@@ -66,8 +66,7 @@ def _masks(names, shape, density) -> list[list[bool]]:
 
 
 def test_the_table_the_configuration_and_the_functions_agree():
-    choices = typing.get_args(MergeConfig.model_fields["method"].annotation)
-    assert tuple(METHODS) == choices
+    assert tuple(METHODS) == tuple(MethodName)
     assert {*CONVENTIONS, None} == {
         *typing.get_args(typing.get_args(MergeConfig.model_fields["convention"].annotation)[0]),
         None,

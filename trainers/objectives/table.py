@@ -129,130 +129,142 @@ def _resolved(value: float | None) -> float:
     return value
 
 
-OBJECTIVES: Mapping[ObjectiveName, ObjectiveInfo] = MappingProxyType(
-    {
-        ObjectiveName.GRAD_ASCENT: ObjectiveInfo(
-            _grad_ascent, weights=Weights(forget=1.0), reads=_WEIGHTS | {"average"}, source="https://arxiv.org/abs/2401.06121"
-        ),
-        ObjectiveName.GRAD_DIFF: ObjectiveInfo(
-            _grad_ascent,
-            weights=Weights(forget=1.0, retain_ce=1.0),
-            reads=_WEIGHTS | {"average"},
-            source="https://arxiv.org/abs/2401.06121",
-        ),
-        ObjectiveName.KL_MIN: ObjectiveInfo(
-            _grad_ascent,
-            weights=Weights(forget=1.0, retain_kl=1.0),
-            reads=_WEIGHTS | {"average"},
-            source="https://arxiv.org/abs/2401.06121",
-        ),
-        ObjectiveName.NPO: ObjectiveInfo(
-            _npo,
-            weights=Weights(forget=1.0),
-            reads=_WEIGHTS | {"beta", "reduction"},
-            source="https://arxiv.org/abs/2404.05868",
-            forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS}),
-            beta=0.1,
-        ),
-        # The stronger-forgetting run of ZJUKLAB; the public code multiplies "gd" with KL and "gk" with cross-entropy.
-        ObjectiveName.NPO_CE_KL: ObjectiveInfo(
-            _npo,
-            weights=Weights(forget=0.4, retain_ce=0.2, retain_kl=0.4),
-            reads=_WEIGHTS | {"beta", "reduction"},
-            source="https://arxiv.org/abs/2503.21088",
-            forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS}),
-            beta=0.1,
-        ),
-        # TOFU forget05.
-        ObjectiveName.SIMNPO: ObjectiveInfo(
-            _simnpo,
-            weights=Weights(forget=0.1375, retain_ce=1.0),
-            reads=_WEIGHTS | {"beta", "margin"},
-            source="https://arxiv.org/abs/2410.07163",
-            beta=2.5,
-        ),
-        ObjectiveName.DPO: ObjectiveInfo(
-            _dpo,
-            weights=Weights(forget=1.0),
-            reads=_WEIGHTS | {"beta", "reduction"},
-            source="https://arxiv.org/abs/2305.18290",
-            forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS, Need.ALTERNATIVE_ANSWERS}),
-            beta=0.1,
-        ),
-        # The retain weight is open-unlearning's.
-        ObjectiveName.IDK_DPO: ObjectiveInfo(
-            _dpo,
-            weights=Weights(forget=1.0, retain_ce=1.0),
-            reads=_WEIGHTS | {"beta", "reduction"},
-            source="https://arxiv.org/abs/2401.06121",
-            forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS, Need.ALTERNATIVE_ANSWERS}),
-            beta=0.1,
-        ),
-        # Zephyr-7B; the code's defaults are steering 20 and retain weight 100.
-        ObjectiveName.RMU: ObjectiveInfo(
-            _rmu,
-            weights=Weights(forget=1.0, retain_activation=1200.0),
-            reads=_WEIGHTS | {"retain_activation_weight", "layer", "steering", "average"},
-            source="https://arxiv.org/abs/2403.03218",
-            forget_needs=frozenset({Need.ACTIVATIONS}),
-            steering=6.5,
-        ),
-        ObjectiveName.ADAPTIVE_RMU: ObjectiveInfo(
-            _rmu,
-            weights=Weights(forget=1.0, retain_activation=1200.0),
-            reads=_WEIGHTS | {"retain_activation_weight", "layer", "steering", "average"},
-            source="https://arxiv.org/abs/2408.06223",
-            forget_needs=frozenset({Need.ACTIVATIONS}),
-            steering=5.0,
-        ),
-        ObjectiveName.UNDIAL: ObjectiveInfo(
-            _undial,
-            weights=Weights(forget=1.0),
-            reads=_WEIGHTS | {"beta", "average"},
-            source="https://arxiv.org/abs/2402.10052",
-            forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS, Need.FORGET_DISTRIBUTIONS}),
-            beta=10.0,
-        ),
-        ObjectiveName.WGA: ObjectiveInfo(
-            _wga,
-            weights=Weights(forget=1.0, retain_ce=1.0),
-            reads=_WEIGHTS | {"beta", "average"},
-            source="https://arxiv.org/abs/2502.19301",
-            beta=1.0,
-        ),
-        ObjectiveName.SATIMP: ObjectiveInfo(
-            _satimp,
-            weights=Weights(forget=1.0, retain_ce=0.1),
-            reads=_WEIGHTS | {"beta", "beta_2", "average"},
-            source="https://arxiv.org/abs/2505.11953",
-            beta=5.0,
-            beta_2=1.0,
-        ),
-        ObjectiveName.CE_U: ObjectiveInfo(
-            _ce_u,
-            weights=Weights(forget=1.0),
-            reads=_WEIGHTS | {"average", "skip_first_token"},
-            source="https://arxiv.org/abs/2503.01224",
-            forget_needs=frozenset({Need.MEAN_LOGITS}),
-        ),
-        # The forget gradient is scaled to length 1 whatever its weight.
-        ObjectiveName.NG_DIFF: ObjectiveInfo(
-            _grad_ascent,
-            weights=Weights(forget=1.0, retain_ce=1.0),
-            reads=(_WEIGHTS | {"average"}) - {"forget_weight"},
-            source="https://arxiv.org/abs/2410.22086",
-            forget_needs=frozenset({Need.SIDE_GRADIENTS}),
-        ),
-        # What is learned is subtracted, so a retain term would do harm.
-        ObjectiveName.TASK_VECTOR_NEGATION: ObjectiveInfo(
-            _forget_ce,
-            weights=Weights(forget=1.0),
-            reads=frozenset({"forget_weight", "average", "negation_scale"}),
-            source="https://arxiv.org/abs/2212.04089",
-            negation_scale=1.0,
-        ),
-    }
-)
+_objectives: dict[ObjectiveName, ObjectiveInfo] = {
+    ObjectiveName.GRAD_ASCENT: ObjectiveInfo(
+        _grad_ascent, weights=Weights(forget=1.0), reads=_WEIGHTS | {"average"}, source="https://arxiv.org/abs/2401.06121"
+    ),
+    ObjectiveName.GRAD_DIFF: ObjectiveInfo(
+        _grad_ascent,
+        weights=Weights(forget=1.0, retain_ce=1.0),
+        reads=_WEIGHTS | {"average"},
+        source="https://arxiv.org/abs/2401.06121",
+    ),
+    ObjectiveName.KL_MIN: ObjectiveInfo(
+        _grad_ascent,
+        weights=Weights(forget=1.0, retain_kl=1.0),
+        reads=_WEIGHTS | {"average"},
+        source="https://arxiv.org/abs/2401.06121",
+    ),
+    ObjectiveName.NPO: ObjectiveInfo(
+        _npo,
+        weights=Weights(forget=1.0),
+        reads=_WEIGHTS | {"beta", "reduction"},
+        source="https://arxiv.org/abs/2404.05868",
+        forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS}),
+        beta=0.1,
+    ),
+    # The stronger-forgetting run of ZJUKLAB; the public code multiplies "gd" with KL and "gk" with cross-entropy.
+    ObjectiveName.NPO_CE_KL: ObjectiveInfo(
+        _npo,
+        weights=Weights(forget=0.4, retain_ce=0.2, retain_kl=0.4),
+        reads=_WEIGHTS | {"beta", "reduction"},
+        source="https://arxiv.org/abs/2503.21088",
+        forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS}),
+        beta=0.1,
+    ),
+    # TOFU forget05.
+    ObjectiveName.SIMNPO: ObjectiveInfo(
+        _simnpo,
+        weights=Weights(forget=0.1375, retain_ce=1.0),
+        reads=_WEIGHTS | {"beta", "margin"},
+        source="https://arxiv.org/abs/2410.07163",
+        beta=2.5,
+    ),
+    ObjectiveName.DPO: ObjectiveInfo(
+        _dpo,
+        weights=Weights(forget=1.0),
+        reads=_WEIGHTS | {"beta", "reduction"},
+        source="https://arxiv.org/abs/2305.18290",
+        forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS, Need.ALTERNATIVE_ANSWERS}),
+        beta=0.1,
+    ),
+    # The retain weight is open-unlearning's.
+    ObjectiveName.IDK_DPO: ObjectiveInfo(
+        _dpo,
+        weights=Weights(forget=1.0, retain_ce=1.0),
+        reads=_WEIGHTS | {"beta", "reduction"},
+        source="https://arxiv.org/abs/2401.06121",
+        forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS, Need.ALTERNATIVE_ANSWERS}),
+        beta=0.1,
+    ),
+    # Zephyr-7B; the code's defaults are steering 20 and retain weight 100.
+    ObjectiveName.RMU: ObjectiveInfo(
+        _rmu,
+        weights=Weights(forget=1.0, retain_activation=1200.0),
+        reads=_WEIGHTS | {"retain_activation_weight", "layer", "steering", "average"},
+        source="https://arxiv.org/abs/2403.03218",
+        forget_needs=frozenset({Need.ACTIVATIONS}),
+        steering=6.5,
+    ),
+    ObjectiveName.ADAPTIVE_RMU: ObjectiveInfo(
+        _rmu,
+        weights=Weights(forget=1.0, retain_activation=1200.0),
+        reads=_WEIGHTS | {"retain_activation_weight", "layer", "steering", "average"},
+        source="https://arxiv.org/abs/2408.06223",
+        forget_needs=frozenset({Need.ACTIVATIONS}),
+        steering=5.0,
+    ),
+    ObjectiveName.UNDIAL: ObjectiveInfo(
+        _undial,
+        weights=Weights(forget=1.0),
+        reads=_WEIGHTS | {"beta", "average"},
+        source="https://arxiv.org/abs/2402.10052",
+        forget_needs=frozenset({Need.FORGET_REFERENCE_LOG_PROBS, Need.FORGET_DISTRIBUTIONS}),
+        beta=10.0,
+    ),
+    ObjectiveName.WGA: ObjectiveInfo(
+        _wga,
+        weights=Weights(forget=1.0, retain_ce=1.0),
+        reads=_WEIGHTS | {"beta", "average"},
+        source="https://arxiv.org/abs/2502.19301",
+        beta=1.0,
+    ),
+    ObjectiveName.SATIMP: ObjectiveInfo(
+        _satimp,
+        weights=Weights(forget=1.0, retain_ce=0.1),
+        reads=_WEIGHTS | {"beta", "beta_2", "average"},
+        source="https://arxiv.org/abs/2505.11953",
+        beta=5.0,
+        beta_2=1.0,
+    ),
+    ObjectiveName.CE_U: ObjectiveInfo(
+        _ce_u,
+        weights=Weights(forget=1.0),
+        reads=_WEIGHTS | {"average", "skip_first_token"},
+        source="https://arxiv.org/abs/2503.01224",
+        forget_needs=frozenset({Need.MEAN_LOGITS}),
+    ),
+    # The forget gradient is scaled to length 1 whatever its weight.
+    ObjectiveName.NG_DIFF: ObjectiveInfo(
+        _grad_ascent,
+        weights=Weights(forget=1.0, retain_ce=1.0),
+        reads=(_WEIGHTS | {"average"}) - {"forget_weight"},
+        source="https://arxiv.org/abs/2410.22086",
+        forget_needs=frozenset({Need.SIDE_GRADIENTS}),
+    ),
+    # What is learned is subtracted, so a retain term would do harm.
+    ObjectiveName.TASK_VECTOR_NEGATION: ObjectiveInfo(
+        _forget_ce,
+        weights=Weights(forget=1.0),
+        reads=frozenset({"forget_weight", "average", "negation_scale"}),
+        source="https://arxiv.org/abs/2212.04089",
+        negation_scale=1.0,
+    ),
+}
+
+OBJECTIVES: Mapping[ObjectiveName, ObjectiveInfo] = MappingProxyType(_objectives)
+"""The built-in objectives, and those that plugins have added in this process."""
+
+
+def add_objective(name: str, info: ObjectiveInfo) -> None:
+    """Make an objective known under a name that ``trainers.plugins.register`` has taken."""
+    _objectives[ObjectiveName.add(name)] = info
+
+
+def remove_objective(name: str) -> None:
+    """Forget an added objective."""
+    _objectives.pop(ObjectiveName(name), None)
+    ObjectiveName.remove(name)
 
 
 def resolve(config: ObjectiveConfig) -> ObjectiveConfig:

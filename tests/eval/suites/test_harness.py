@@ -80,7 +80,7 @@ def test_without_the_package_the_message_has_the_command_that_installs_it(monkey
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SetupError) as caught:
         import_harness()
-    assert caught.value.fix == 'pip install "unlearn-ties[lm-eval]"'
+    assert caught.value.fix == 'pip install "unlearn-ties[eval]"'
     assert caught.value.exit_code == 3
 
 
@@ -92,7 +92,7 @@ def test_tasks_are_named_with_commas_between_them():
 
 def test_the_package_itself_takes_these_arguments(tmp_path):
     """A task of two questions, from a local file; skipped where the optional package is not installed."""
-    pytest.importorskip("lm_eval", reason='lm-eval is not installed (pip install "unlearn-ties[lm-eval]")')
+    pytest.importorskip("lm_eval", reason='lm-eval is not installed (pip install "unlearn-ties[eval]")')
     import yaml
 
     from tests.helpers.suite_data import model, tokenizer
