@@ -307,7 +307,7 @@ def _pair(data: RunData) -> list[str]:
 
 def _settings(data: RunData, trial: str) -> str:
     overrides = next((one["overrides"] for one in data.trials if one["name"] == trial), None) or {}
-    return ": " + ", ".join(f"{key} = {setting(value)}" for key, value in overrides.items()) if overrides else ""
+    return " with " + ", ".join(f"{key} = {setting(value)}" for key, value in overrides.items()) if overrides else ""
 
 
 def _line(text: str) -> str:

@@ -162,7 +162,7 @@ def test_the_card_states_scores_recipe_limits_and_command(run: Path) -> None:
     assert "| **TIES merge (merged, balanced)** | 0.703 [0.663, 0.743] |" in body
     assert "| before unlearning (baseline, untouched) | 0.090 [" in body
     assert "Made of: trial-03 (over-forgetting parent)" in body
-    assert "over-forgetting: trial-03: learning_rate = 0.0003" in body
+    assert "over-forgetting: trial-03 with learning_rate = 0.0003" in body
     assert "Merge: method ties, density 0.2, scale 1.342" in body
     assert "no proof" in body
     assert "Where proof is needed" in body
