@@ -312,7 +312,7 @@ def number(value: float | None) -> str:
 
 
 def audit_models(out: Path, *, found: Mapping[int, Mapping[str, Path]], targets: Mapping[str, Path], data: Path) -> dict[str, Any]:
-    """Our delivered model, the published merge and gradient difference under five attacks, each beside target and never-seen twin."""
+    """Our delivered model and the published merge under five attacks, each beside target and never-seen twin."""
     audits: dict[str, dict[int, Any]] = {}
     for seed, places in found.items():
         for label in AUDITED:
@@ -342,7 +342,7 @@ def model_slug(label: str) -> str:
     return label.split(":")[0].replace(" ", "-").replace("'", "")
 
 
-AUDITED = (OWN, PUBLISHED, "gradient difference")
+AUDITED = (OWN, PUBLISHED)
 AUDIT_DOCUMENTS = 6
 ATTACKS = "relearn-forget,relearn-unrelated,int8,extraction,membership"
 

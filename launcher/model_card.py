@@ -9,12 +9,12 @@ from typing import Any
 
 from launcher.audit_stage import audit_state
 from launcher.console import setting
-from launcher.report_audit import MEANINGS, audit_command, audit_of
+from launcher.report_audit import MEANINGS, audit_command, audit_of, is_of_other_weights
 from launcher.report_data import RunData, base_name, flatten, is_number, pair_names, read_run
 from launcher.report_headline import verdict_sentence
 from launcher.report_provenance import commands_again, configuration
 from launcher.report_text import number, template, without_paths
-from trainers.files import weights_hash, write_text
+from trainers.files import write_text
 
 FILE = "README.md"
 _METRICS = (
@@ -110,7 +110,7 @@ def render_card(data: RunData, *, merged: Path | None = None) -> str:
         fold=data.fold,
         titles=[title for _, title in _METRICS],
         rows=[_row(one, bold=one is model) for one in data.models if one["scores"]],
-        audit=[_line(line) for line in _audit(data, folder=folder)],
+        audit=[_line(line) for line in _audit(data)],
         recipe=_recipe(data),
         pair=_pair(data),
         snippet=_LOAD_ADAPTER if is_adapter else _LOAD_MODEL,
@@ -227,18 +227,16 @@ def _score(model: Mapping[str, Any], key: str) -> str:
     return f"{number(value)} [{number(limits[0])}, {number(limits[1])}]" if limits else number(value)
 
 
-def _audit(data: RunData, *, folder: Path) -> list[str]:
+def _audit(data: RunData) -> list[str]:
     audit = audit_of(data)
     state = audit_state(audit=data.audit, events=data.events)
     command = f"`{audit_command(data)}` makes one; `unlearn report RUN` then writes this card again. RUN is the run folder."
     unknown = "whether relearning, rounding of the weights or other prompts bring the documents back is not known"
+    if is_of_other_weights(data):
+        return [f"The run's audit is of other weights than these: {unknown}.", command]
     if audit is None:
         failed = f"An audit was begun and failed ({without_paths(state['error'])})" if state["error"] else "No audit was made"
         return [f"{failed}: {unknown}.", command]
-    audited = audit["models"].get("unlearned", {}).get("weights_hash")
-    # A copy of a run without its weights cannot tell; a model that was replaced afterwards can.
-    if audited and any(folder.glob("*.safetensors")) and audited != weights_hash(folder):
-        return [f"The run's audit is of other weights than these: {unknown}.", command]
     control = "a model that never saw the forget set" if state["never_seen"] else None
     documents = len((audit["data"].get("documents") or {}).get("forget") or [])
     attacks = (audit["settings"] or {}).get("attacks") or list(audit["attacks"])

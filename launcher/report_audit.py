@@ -8,6 +8,7 @@ from typing import Any
 from launcher.audit_table import attack_table, level_table, membership_table, model_table
 from launcher.report_data import RunData
 from launcher.report_text import without_paths
+from trainers.files import weights_hash
 
 MEANINGS = {
     "gone": "No attack that was run brought back more than it does from a model that never knew.",
@@ -28,7 +29,8 @@ def audit_view(data: RunData) -> dict[str, Any]:
     """
     audit = audit_of(data)
     if audit is None:
-        problem = "audit.json does not hold an audit" if data.audit else None
+        told = "audit.json is of other weights than those in merged/" if is_of_other_weights(data) else "audit.json does not hold an audit"
+        problem = told if data.audit else None
         return {"verdict": None, "command": audit_command(data), "problem": problem}
     tables = [
         {"name": name, "title": title, "head": table[0], "rows": table[1:]}
@@ -56,9 +58,9 @@ def audit_view(data: RunData) -> dict[str, Any]:
 
 
 def audit_of(data: RunData) -> dict[str, Any] | None:
-    """The audit, if the file holds a complete one, of the form that its tables and figures read."""
+    """The audit, if the file holds a complete one of the delivered weights, of the form that its tables and figures read."""
     audit = data.audit
-    if not audit.keys() >= _NEEDED:
+    if not audit.keys() >= _NEEDED or is_of_other_weights(data):
         return None
     try:
         for table in (attack_table, model_table, level_table, membership_table):
@@ -66,6 +68,14 @@ def audit_of(data: RunData) -> dict[str, Any] | None:
     except (KeyError, TypeError, AttributeError, ValueError):
         return None
     return audit
+
+
+def is_of_other_weights(data: RunData) -> bool:
+    """Whether the model in ``merged/`` was replaced after its audit; a copy of a run without its weights cannot tell."""
+    models = data.audit.get("models")
+    audited = (models.get("unlearned") or {}).get("weights_hash") if isinstance(models, Mapping) else None
+    merged = data.run / "merged"
+    return bool(audited) and any(merged.glob("*.safetensors")) and audited != weights_hash(merged)
 
 
 def audit_command(data: RunData) -> str:
