@@ -21,6 +21,7 @@ NOT_RUN = {
     "unlearn quickstart": "takes two minutes; its recipe is run on smaller documents in tests/integration",
     "unlearn doctor --cluster": "needs a Ray cluster; tests/integration starts one",
     "unlearn eval --lm-eval": "needs the optional extra, and data sets from the network",
+    "python benchmarks/real_text.py": "takes two hours and the published data",
     "make": "builds an environment, or runs this very suite",
     "export": "changes the reader's shell",
     "ray up": "starts machines",
