@@ -24,27 +24,41 @@ LOOK_S = 1.0
 """Seconds between two looks at the run's log."""
 EVERY_S = 30.0
 """Seconds between the beginnings of two pages at least, however fast trials end."""
+VARIABLE = "UNLEARN_LIVE_REPORT_S"
+"""Sets that number for the processes of a machine; 0 draws no page before the run's own."""
 STALE_S = 300.0
 """Seconds after which a page is written anew although no trial has started or ended: curves have grown."""
 _PAGE, _DRAFT = "report.html", ".report-live.html"
 
 
 @contextmanager
-def live_report(run: Path, *, every_s: float = EVERY_S) -> Iterator[None]:
+def live_report(run: Path, *, every_s: float | None = None) -> Iterator[None]:
     """Rewrite ``RUN/report.html`` as trials start and end while the block runs; leave it alone once the run writes its own.
 
     Nothing that goes wrong here reaches the block, and nothing is left running after it.
 
     Args:
         run: the run folder.
-        every_s: seconds between two pages at least.
+        every_s: seconds between two pages at least, 0 for none; null: what the environment says, else half a minute.
     """
-    watcher = _Watcher(Path(run), every_s=every_s)
+    interval = _wanted() if every_s is None else every_s
+    if interval <= 0:
+        yield
+        return
+    watcher = _Watcher(Path(run), every_s=interval)
     watcher.thread.start()
     try:
         yield
     finally:
         watcher.end()
+
+
+def _wanted() -> float:
+    try:
+        return float(os.environ.get(VARIABLE, EVERY_S))
+    except ValueError:
+        log.warning("%s = %r is no number of seconds: %g are taken", VARIABLE, os.environ[VARIABLE], EVERY_S)
+        return EVERY_S
 
 
 class _Watcher:
@@ -91,13 +105,13 @@ class _Watcher:
             self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # A session of its own: Ctrl-C is for the sweep.
+        # A group of its own: Ctrl-C is for the sweep. No session, in which Linux would not weigh its low priority against the trials.
         return subprocess.Popen(
             [sys.executable, "-m", "launcher.report_live", str(self.run.resolve()), str(self.draft.resolve())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 

@@ -6,9 +6,13 @@ where one process runs them while the other has nothing to do.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Every sweep of a test would have pages drawn beside it; the tests of the page and of its drawing are others.
+os.environ.setdefault("UNLEARN_LIVE_REPORT_S", "0")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST_FIRST = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ def template_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(template_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report_live, "LOOK_S", 0.05)
+    monkeypatch.delenv(report_live.VARIABLE, raising=False)
     return Path(shutil.copytree(template_run, tmp_path / "run"))
 
 
@@ -72,7 +74,7 @@ def test_a_page_that_cannot_be_drawn_disturbs_nothing(run: Path, monkeypatch: py
         raise OSError("no process to be had")
 
     monkeypatch.setattr(report_live._Watcher, "_start", refuse)
-    with live_report(run, every_s=0.0):
+    with live_report(run, every_s=0.01):
         EventLog(run).emit("trial_started", trial="trial-05")
         assert wait(lambda: len(tried) > 0)
     assert not (run / "report.html").exists()
@@ -88,3 +90,16 @@ def test_trials_that_end_quickly_do_not_draw_a_page_each(run: Path, monkeypatch:
         assert wait(lambda: bool(drawn))
         time.sleep(0.3)
     assert drawn == [1]
+
+
+def test_the_environment_sets_the_interval_and_zero_draws_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that is no number is no reason to end a sweep."""
+    monkeypatch.setattr(report_live._Watcher, "_start", lambda self: pytest.fail("a page was drawn"))
+    monkeypatch.setenv(report_live.VARIABLE, "0")
+    with live_report(run):
+        time.sleep(0.2)
+    assert not any(thread.name == "live-report" for thread in threading.enumerate())
+    monkeypatch.setenv(report_live.VARIABLE, "soon")
+    assert report_live._wanted() == report_live.EVERY_S
+    monkeypatch.setenv(report_live.VARIABLE, "5")
+    assert report_live._wanted() == 5
