@@ -129,6 +129,6 @@ def merge_curve_plot(
         style = {"marker": "*", "markersize": 16, "color": ORANGE, "markeredgecolor": INK, "markeredgewidth": 0.8, "linestyle": ""}
         axes.plot(*chosen, label="best merge", zorder=5, **style)
     axes.set_xlabel(x_label)
-    axes.set_ylabel("membership AUC (validation)")
+    axes.set_ylabel("membership AUC")
     legend_below(figure, [axes], columns=1)
     return finish_plot(name, figure, title=f"Membership AUC of the measured merges over {x_label}")
