@@ -21,9 +21,8 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@# torch comes first and pinned: packages that ask for any torch would pull a CUDA build of several gigabytes.
-	@# Not compiled: of 22,000 modules most are never imported, and the others are compiled when they are.
-	@echo "installing torch"; $(BIN)/python -m pip install --quiet --no-compile $(TORCH_INDEX) "$(TORCH)"
-	@echo "installing unlearn-ties and what it needs"; $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
+	@echo "installing torch"; $(BIN)/python -m pip install --quiet $(TORCH_INDEX) "$(TORCH)"
+	@echo "installing unlearn-ties and what it needs"; $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(INSTALLED)
 
 install: $(INSTALLED)
