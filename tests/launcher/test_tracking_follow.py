@@ -110,7 +110,7 @@ def test_the_report_run_holds_table_plots_and_page(followed: Path) -> None:
     assert len(report.rows) == 1
     kinds = {name.rpartition("/")[0]: value for name, value in report.rows[0].items() if name.endswith("/_type")}
     assert kinds == {"models": "table-file", "trials": "table-file", "tradeoff": "image-file", "curves": "image-file",
-                     "merge_scale": "image-file", "terms": "image-file", "report": "html-file"}  # fmt: skip
+                     "merge_scale": "image-file", "merge_density": "image-file", "terms": "image-file", "report": "html-file"}  # fmt: skip
     (folder,) = report.folders
     table = read_json(folder / "files" / report.rows[0]["models/path"])
     results = read_json(followed / "results.json")
