@@ -47,6 +47,8 @@ def test_a_difference_that_may_be_chance_is_called_noise(run: Path) -> None:
     assert headline(read_run(changed(run, models=models))).endswith("(95 % interval -0.046 to +0.101, so within noise).")
     models[-1]["difference_to_best_parent"]["final_score"] = {"difference": -0.05, "low": -0.1, "high": -0.01}
     assert "noise" not in headline(read_run(changed(run, models=models))), "clearly worse is no noise"
+    models[-1]["difference_to_best_parent"]["final_score"] = {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert headline(read_run(changed(run, models=models))).endswith("[0.663, 0.743], the same as its better parent's.")
 
 
 def test_a_delivered_control_or_parent_is_called_by_what_it_is(run: Path) -> None:

@@ -18,7 +18,7 @@ from launcher.report_scores import score_rows
 from launcher.report_tables import csv_text, report_tables, save_tables
 from tests.helpers.run_folder import build_finished
 from tests.launcher.test_audit_files import result as audit_result
-from trainers.files import read_json, write_json
+from trainers.files import read_json, weights_hash, write_json
 
 ALWAYS = {"tradeoff", "curves", "merge_scale", "scores", "differences", "leaderboard", "verdicts", "terms", "search", "pairs", "controls",
           "contestants", "excluded", "trials", "failures", "generations", "provenance"}  # fmt: skip
@@ -110,3 +110,22 @@ def test_without_an_audit_the_page_says_how_to_make_one(run: Path, tmp_path: Pat
     write_json(other / "audit.json", audit_result() | {"attacks": {"int4": {}}})
     view = audit_view(read_run(other))
     assert (view["verdict"], view["problem"]) == (None, "audit.json does not hold an audit")
+
+
+def test_an_audit_of_other_weights_than_the_delivered_ones_is_not_shown(run: Path, tmp_path: Path) -> None:
+    """The same file counts where it names the weights in ``merged/``, and where these are not there to ask."""
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    audit = audit_result()
+
+    def verdict(weights: str) -> tuple[object, object]:
+        unlearned = audit["models"].get("unlearned", {}) | {"weights_hash": weights}
+        write_json(run / "audit.json", audit | {"models": audit["models"] | {"unlearned": unlearned}})
+        view = audit_view(read_run(run))
+        return view["verdict"], view["problem"]
+
+    for path in (run / "merged").glob("*.safetensors"):
+        path.unlink()
+    assert verdict("of-a-model-long-gone") == ("hidden", None)
+    (run / "merged" / "model.safetensors").write_bytes(b"weights")
+    assert verdict(weights_hash(run / "merged")) == ("hidden", None)
+    assert verdict("of-a-model-long-gone") == (None, "audit.json is of other weights than those in merged/")
